@@ -1,0 +1,1 @@
+"""Training code: recipes, data, objectives and the drawn world. It imports `blip2`, never the reverse."""

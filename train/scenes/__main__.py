@@ -1,0 +1,50 @@
+"""`python -m train.scenes COMMAND`: look at the drawn world, or train on it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from PIL import Image
+
+from train.scenes.world import SPLITS, render, sample
+
+
+def show(args: argparse.Namespace) -> None:
+    """Write a contact sheet: rows x columns pictures of consecutive seeds."""
+    cell, gap = args.size, 4
+    sheet = Image.new("RGB", (args.columns * (cell + gap) + gap, args.rows * (cell + gap) + gap), "white")
+    for index in range(args.rows * args.columns):
+        row, column = divmod(index, args.columns)
+        picture = Image.fromarray(render(sample(args.seed + index, args.split), args.resolution))
+        picture = picture.resize((cell, cell), Image.Resampling.NEAREST)
+        sheet.paste(picture, (gap + column * (cell + gap), gap + row * (cell + gap)))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(args.out)
+    print(f"wrote {args.out}: {args.rows * args.columns} scenes of split {args.split}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m train.scenes", description=__doc__)
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("show", help="write a contact sheet of drawn scenes")
+    command.add_argument("--out", type=Path, required=True, help="picture file to write")
+    command.add_argument("--split", choices=SPLITS, default="train")
+    command.add_argument("--seed", type=int, default=0, help="seed of the first scene")
+    command.add_argument("--rows", type=int, default=6)
+    command.add_argument("--columns", type=int, default=10)
+    command.add_argument("--resolution", type=int, default=64, help="pixels a scene is drawn at")
+    command.add_argument("--size", type=int, default=128, help="pixels a scene takes on the sheet")
+    command.set_defaults(run=show)
+    return top
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run one command."""
+    args = parser().parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
