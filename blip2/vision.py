@@ -1,0 +1,229 @@
+"""The image encoder of BLIP-2: EVA-CLIP ViT-g/14 or CLIP ViT-L/14, the paper's "Image Encoder" (Fig. 1, Sec. 3.1).
+
+B images, P patches + 1 (the class token comes first), V vision width, H heads, S image size in pixels.
+Both encoders stop one block before their end (39 of 40 and 23 of 24) and hand on every token; the layer norm after
+them (`post_layernorm`, LAVIS's `ln_vision`) is not part of the frozen encoder: it trains in both stages.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, Blip2VisionConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+
+@dataclass
+class ImageFeatures:
+    """What is known of B images after encoding, so that no image is encoded twice.
+
+    Attributes:
+        image_embeds: float (B, P, V), the encoder's tokens after `post_layernorm`.
+        query_output: float (B, Q, D), what the queries read from them; None where a question enters the Q-Former.
+        language_inputs: float (B, Q, L), the queries as soft tokens for the LLM; None without an LLM.
+    """
+
+    image_embeds: Tensor
+    query_output: Tensor | None = None
+    language_inputs: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.image_embeds)
+
+    def _map(self, function: Any) -> "ImageFeatures":
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return ImageFeatures(**{name: part if part is None else function(part) for name, part in parts.items()})
+
+    def __getitem__(self, rows: Any) -> "ImageFeatures":
+        """The features of one image (an int keeps the batch axis), a slice, or an index tensor of images."""
+        index = slice(rows, rows + 1 or None) if isinstance(rows, int) else rows
+        return self._map(lambda part: part[index])
+
+    def to(self, *args: Any, **kwargs: Any) -> "ImageFeatures":
+        """As `Tensor.to`, for every part."""
+        return self._map(lambda part: part.to(*args, **kwargs))
+
+
+class PatchEmbeddings(nn.Module):
+    """Pixels to tokens: a patch convolution, the class token in front, learned absolute positions."""
+
+    def __init__(self, config: Blip2VisionConfig):
+        super().__init__()
+        self.image_size, self.patch_size = int(config.image_size), int(config.patch_size)  # type: ignore[arg-type]
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        width, num_patches = config.hidden_size, (self.image_size // self.patch_size) ** 2
+        self.class_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
+        self.position_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_patches + 1, width), std=0.02))
+        self.patch_embedding = nn.Conv2d(
+            3, width, self.patch_size, self.patch_size, bias=getattr(config, "patch_bias", True)
+        )
+
+    def forward(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
+        """pixel_values: float (B, 3, S, S) -> float (B, P, V)."""
+        height, width = pixel_values.shape[-2:]
+        if (height, width) != (self.image_size, self.image_size) and not interpolate:
+            raise ValueError(
+                f"pixel_values are {height}x{width}, this encoder takes {self.image_size}x{self.image_size}: "
+                "resize the image, or pass interpolate=True"
+            )
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        grid = patches.shape[-2:]
+        patches = patches.flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.class_embedding.to(patches).expand(len(patches), -1, -1), patches], dim=1)
+        positions = self.position_embedding
+        if tokens.shape[1] != positions.shape[1]:
+            positions = interpolate_positions(positions, *grid)
+        return tokens + positions.to(tokens)
+
+
+def interpolate_positions(position_embedding: Tensor, rows: int, columns: int) -> Tensor:
+    """Learned positions (1, 1 + old patches, V) resized to a grid of rows x columns; the class position is kept.
+
+    Bicubic in float32 without aligned corners, as EVA-CLIP's loader does it; the old grid is square.
+    """
+    old = int((position_embedding.shape[1] - 1) ** 0.5)
+    grid = position_embedding[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+    grid = grid.permute(0, 2, 3, 1).flatten(1, 2).to(position_embedding.dtype)
+    return torch.cat([position_embedding[:, :1], grid], dim=1)
+
+
+class Attention(nn.Module):
+    """Self-attention with one qkv projection; EVA-CLIP's key bias is zero in every released checkpoint."""
+
+    def __init__(self, config: Blip2VisionConfig):
+        super().__init__()
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"vision hidden_size {config.hidden_size} is not divisible by {config.num_attention_heads} heads"
+            )
+        self.num_heads = config.num_attention_heads
+        self.dropout = config.attention_dropout
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, P, V/H)
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.projection(attended.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers around the activation."""
+
+    def __init__(self, config: Blip2VisionConfig):
+        super().__init__()
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(hidden)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, config: Blip2VisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.self_attn(self.layer_norm1(hidden))
+        return hidden + self.mlp(self.layer_norm2(hidden))
+
+
+class Encoder(nn.Module):
+    """The stack of blocks; a module of its own because the checkpoints' names have it."""
+
+    def __init__(self, config: Blip2VisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+class ImageEncoder(nn.Module):
+    """What every image encoder here has: `encode`, a trainable `post_layernorm` behind it, and freezing."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__()
+        self.config = config
+        self.frozen = False
+        eps = getattr(config, "post_layernorm_eps", None) or getattr(config, "layer_norm_eps", 1e-6)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=eps)
+
+    def tokens(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
+        """pixel_values: float (B, 3, S, S) -> float (B, P, V), by the encoder proper."""
+        raise NotImplementedError
+
+    def encode(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
+        """The encoder without `post_layernorm`, and without gradients while it is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.tokens(pixel_values, interpolate)
+
+    def forward(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
+        """pixel_values: float (B, 3, S, S), normalized -> image_embeds: float (B, P, V)."""
+        return self.post_layernorm(self.encode(pixel_values, interpolate))
+
+    def freeze(self) -> None:
+        """Freeze all but `post_layernorm`: no gradients, eval mode for good. Paper: Sec. 3.1."""
+        self.frozen = True
+        self.requires_grad_(False)
+        self.post_layernorm.requires_grad_(True)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "ImageEncoder":
+        """As `nn.Module.train`, except that a frozen encoder stays in eval mode."""
+        return super().train(mode and not self.frozen)
+
+
+class VisionTransformer(ImageEncoder):
+    """EVA-CLIP ViT-g/14 by default; CLIP ViT-L/14 with `pre_layernorm` and without `patch_bias`.
+
+    Args:
+        config: sizes. Beyond transformers' fields it may hold `post_layernorm_eps` (default: `layer_norm_eps`),
+            `pre_layernorm` (default False) and `patch_bias` (default True).
+    """
+
+    def __init__(self, config: Blip2VisionConfig):
+        super().__init__(config)
+        self.embeddings = PatchEmbeddings(config)
+        if getattr(config, "pre_layernorm", False):
+            self.pre_layernorm: nn.Module = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        else:
+            self.pre_layernorm = nn.Identity()
+        self.encoder = Encoder(config)
+
+    def tokens(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
+        """pixel_values: float (B, 3, S, S) -> float (B, P, V), before `post_layernorm`."""
+        return self.encoder(self.pre_layernorm(self.embeddings(pixel_values, interpolate)))
+
+
+class AutoVisionEncoder(ImageEncoder):
+    """Any `transformers.AutoModel` that maps pixel values to a last hidden state."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.model = AutoModel.from_config(config)
+
+    def tokens(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
+        """pixel_values: float (B, 3, S, S) -> float (B, P, V), before `post_layernorm`."""
+        options = {"interpolate_pos_encoding": True} if interpolate else {}
+        return self.model(pixel_values=pixel_values.to(self.model.dtype), **options).last_hidden_state
+
+
+def build_image_encoder(config: PreTrainedConfig) -> ImageEncoder:
+    """The image encoder that a `vision_config` describes."""
+    return VisionTransformer(config) if isinstance(config, Blip2VisionConfig) else AutoVisionEncoder(config)
