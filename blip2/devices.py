@@ -1,0 +1,95 @@
+"""Which device to compute on, and one sentence when torch and the machine do not fit each other."""
+
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+
+CUDA_13_DRIVER = 580  # the first driver series that runs CUDA 13 builds; CUDA 12.6 builds run from 525 on
+
+
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """Turn a wish into a device that is there.
+
+    Args:
+        device: "auto" (CUDA, else MPS, else the CPU), "cpu", "mps", "cuda" or "cuda:1".
+
+    Raises:
+        ValueError: the device is unknown to torch, or is not on this machine.
+    """
+    if str(device) == "auto":
+        return torch.device(_present()[0])
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown device {str(device)!r}; choose auto, {', '.join(_present())}") from None
+    count = torch.cuda.device_count() if chosen.type == "cuda" else 1
+    if chosen.type not in _present() or (chosen.index or 0) >= count:
+        hint = device_advice() if chosen.type == "cuda" else None
+        raise ValueError(
+            f"device {str(device)!r} is not on this machine; choose auto, {', '.join(_present())}"
+            + (f". {hint}" if hint else "")
+        )
+    return chosen
+
+
+def _present() -> list[str]:
+    """Kinds of device that torch can use here, the fastest first."""
+    kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    return [kind for kind, there in kinds.items() if there]
+
+
+@cache
+def device_advice() -> str | None:
+    """One sentence, with the one command that mends it, if torch's build does not fit the machine.
+
+    Three cases: an NVIDIA GPU under a CPU build of torch; a CUDA build that the GPU's driver is too old for;
+    a CUDA build (gigabytes) on a machine without a GPU. None if all is well.
+    """
+    if torch.cuda.is_available() or torch.version.hip or torch.backends.mps.is_available():
+        return None
+    gpu, built_for = _nvidia_gpu(), torch.version.cuda
+    if gpu is None:
+        if built_for is None:
+            return None
+        return (
+            f"torch {torch.__version__} is built for CUDA but this machine shows no NVIDIA GPU, so the CPU is "
+            f"used; the CPU build is gigabytes smaller: {_command('cpu')}"
+        )
+    name, driver = gpu
+    release = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
+    tag = "cu130" if driver >= CUDA_13_DRIVER and release >= (2, 9) else "cu126"
+    if built_for is None:
+        return (
+            f"{name} is present but torch {torch.__version__} is a CPU build, so the CPU is used; "
+            f"to use the GPU: {_command(tag)}"
+        )
+    if tag == "cu126" and built_for.startswith("13"):
+        return (
+            f"{name} has driver {driver}, too old for torch {torch.__version__} (CUDA {built_for}), so the CPU "
+            f"is used; to use the GPU: {_command(tag)}"
+        )
+    return None  # hidden by CUDA_VISIBLE_DEVICES, or in use by another: no package would mend that
+
+
+def _command(tag: str) -> str:
+    version = torch.__version__.split("+")[0]
+    python = Path(sys.executable)  # not a bare `pip`: that may be another Python's
+    if python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    return f'{shlex.quote(str(python))} -m pip install "torch=={version}+{tag}" --index-url https://download.pytorch.org/whl/{tag}'
+
+
+def _nvidia_gpu() -> tuple[str, int] | None:
+    """The first GPU's name and its driver's major version, as nvidia-smi tells them."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found = re.match(r"\s*(.+?),\s*(\d+)\.", answer)
+    return (found[1], int(found[2])) if found else None
