@@ -57,8 +57,8 @@ def device_advice() -> str | None:
         if built_for is None:
             return None
         return (
-            f"torch {torch.__version__} is built for CUDA but this machine shows no NVIDIA GPU, so the CPU is "
-            f"used; the CPU build is gigabytes smaller: {_command('cpu')}"
+            f"torch {torch.__version__} is built for CUDA but this machine shows no NVIDIA GPU, so the CPU "
+            f"is used; the CPU build is gigabytes smaller: {_command('cpu')}"
         )
     name, driver = gpu
     release = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
@@ -70,8 +70,8 @@ def device_advice() -> str | None:
         )
     if tag == "cu126" and built_for.startswith("13"):
         return (
-            f"{name} has driver {driver}, too old for torch {torch.__version__} (CUDA {built_for}), so the CPU "
-            f"is used; to use the GPU: {_command(tag)}"
+            f"{name} has driver {driver}, too old for torch {torch.__version__} (CUDA {built_for}), so the "
+            f"CPU is used; to use the GPU: {_command(tag)}"
         )
     return None  # hidden by CUDA_VISIBLE_DEVICES, or in use by another: no package would mend that
 
