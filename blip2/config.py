@@ -1,7 +1,7 @@
 """The configuration of models that transformers' `blip-2` cannot express.
 
-Everything else uses `transformers.Blip2Config` as it is. `Blip2AnyConfig` has a model type of its own, so that
-transformers refuses such a folder instead of reading it with random weights.
+Everything else uses `transformers.Blip2Config` as it is. `Blip2AnyConfig` has a model type of its own, so
+that transformers refuses such a folder instead of reading it with random weights.
 """
 
 from transformers import AutoConfig, Blip2Config
@@ -12,7 +12,8 @@ from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
 class Blip2AnyConfig(Blip2Config):
     """BLIP-2 around an image encoder other than EVA-CLIP: CLIP ViT-L/14, or any `AutoModel` that sees pixels.
 
-    `vision_config` of type `blip_2_vision_model` with the extra fields `pre_layernorm` (bool) and `patch_bias`
+    `vision_config` of type `blip_2_vision_model` with the extra fields `pre_layernorm` (bool) and
+    `patch_bias`
     (bool) describes CLIP; any other type is built by `transformers.AutoModel`.
     """
 

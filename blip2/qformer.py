@@ -1,16 +1,17 @@
-"""The Querying Transformer (Fig. 2, Sec. 3.1): learned queries that read an image, sharing self-attention with text.
+"""The Querying Transformer (Fig. 2, Sec. 3.1): learned queries that read an image, sharing self-attention
+with text.
 
 B batch, Q queries (32), T text tokens, P image tokens, D width (768), V image width, H heads.
-A BERT-base whose layers have two feed-forwards, one for query positions and one for text positions, and in every
-`cross_attention_frequency`-th layer a cross-attention from query positions to the image.
+A BERT-base whose layers have two feed-forwards, one for query positions and one for text positions, and in
+every `cross_attention_frequency`-th layer a cross-attention from query positions to the image.
 
 One forward serves the four passes of stage 1; what may attend to what is the caller's mask:
 
     (a) queries alone         reads the image; no mask
     (b) text alone            `text_mask`: padding is hidden. No image, text feed-forward only
     (c) queries and text      `multimodal_mask`: everything sees everything but padding (ITM)
-    (d) text after queries    `causal_mask`, with the keys and values cached in (a): text sees all queries and the
-                              text before it, queries never see text (ITG)
+    (d) text after queries    `causal_mask`, with the keys and values cached in (a): text sees all queries and
+                              the text before it, queries never see text (ITG)
 """
 
 from dataclasses import dataclass
@@ -45,21 +46,22 @@ def text_mask(attention_mask: Tensor) -> Tensor:
 def multimodal_mask(num_queries: int, attention_mask: Tensor) -> Tensor:
     """Mask of pass (c), ITM: bool (B, 1, 1, Q + T).
 
-                queries  text
-        queries    1      1
-        text       1      1      (padding hidden from all)
+            queries  text
+    queries    1      1
+    text       1      1      (padding hidden from all)
     """
     queries = attention_mask.new_ones(len(attention_mask), num_queries)
     return text_mask(torch.cat([queries, attention_mask], dim=1))
 
 
 def causal_mask(num_queries: int, attention_mask: Tensor) -> Tensor:
-    """Mask of pass (d), ITG: bool (B, 1, T, Q + T); its rows are text positions, the queries come from a cache.
+    """Mask of pass (d), ITG: bool (B, 1, T, Q + T); its rows are text positions, the queries come from a
+    cache.
 
-                queries  w1 w2 w3
-        w1         1      1  0  0
-        w2         1      1  1  0
-        w3         1      1  1  1      (padding hidden from all)
+            queries  w1 w2 w3
+    w1         1      1  0  0
+    w2         1      1  1  0
+    w3         1      1  1  1      (padding hidden from all)
     """
     length = attention_mask.shape[1]
     causal = attention_mask.new_ones(length, num_queries + length, dtype=torch.bool).tril(num_queries)
@@ -67,11 +69,13 @@ def causal_mask(num_queries: int, attention_mask: Tensor) -> Tensor:
 
 
 class TextEmbeddings(nn.Module):
-    """Word plus position embeddings; positions start at 0, also behind queries. Their norm is the Q-Former's."""
+    """Word plus position embeddings, from position 0 also behind queries; their norm is the Q-Former's."""
 
     def __init__(self, config: Blip2QFormerConfig):
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -79,7 +83,7 @@ class TextEmbeddings(nn.Module):
         length = input_ids.shape[1]
         if length > self.position_embeddings.num_embeddings:
             raise ValueError(
-                f"the text has {length} tokens, the Q-Former takes {self.position_embeddings.num_embeddings}: shorten it"
+                f"text of {length} tokens, at most {self.position_embeddings.num_embeddings} fit: shorten it"
             )
         return self.word_embeddings(input_ids) + self.position_embeddings.weight[:length]
 
@@ -91,7 +95,7 @@ class Projections(nn.Module):
         super().__init__()
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
-                f"qformer hidden_size {config.hidden_size} is not divisible by {config.num_attention_heads} heads"
+                f"qformer hidden_size {config.hidden_size}: not divisible by {config.num_attention_heads} heads"
             )
         self.num_heads = config.num_attention_heads
         self.dropout = config.attention_probs_dropout_prob
@@ -153,7 +157,7 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-    """One Q-Former layer: joint self-attention, cross-attention of the queries, a feed-forward for each kind."""
+    """Joint self-attention, cross-attention of the queries, and a feed-forward for each kind of token."""
 
     def __init__(self, config: Blip2QFormerConfig, index: int):
         super().__init__()

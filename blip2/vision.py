@@ -1,8 +1,10 @@
-"""The image encoder of BLIP-2: EVA-CLIP ViT-g/14 or CLIP ViT-L/14, the paper's "Image Encoder" (Fig. 1, Sec. 3.1).
+"""The image encoder of BLIP-2: EVA-CLIP ViT-g/14 or CLIP ViT-L/14, the paper's "Image Encoder" (Fig. 1, Sec.
+3.1).
 
 B images, P patches + 1 (the class token comes first), V vision width, H heads, S image size in pixels.
-Both encoders stop one block before their end (39 of 40 and 23 of 24) and hand on every token; the layer norm after
-them (`post_layernorm`, LAVIS's `ln_vision`) is not part of the frozen encoder: it trains in both stages.
+Both encoders stop one block before their end (39 of 40 and 23 of 24) and hand on every token; the layer norm
+after them (`post_layernorm`, LAVIS's `ln_vision`) is not part of the frozen encoder: it trains in both
+stages.
 """
 
 import dataclasses
@@ -22,7 +24,8 @@ class ImageFeatures:
 
     Attributes:
         image_embeds: float (B, P, V), the encoder's tokens after `post_layernorm`.
-        query_output: float (B, Q, D), what the queries read from them; None where a question enters the Q-Former.
+        query_output: float (B, Q, D), what the queries read from them; None where a question enters the
+            Q-Former.
         language_inputs: float (B, Q, L), the queries as soft tokens for the LLM; None without an LLM.
     """
 
@@ -35,7 +38,9 @@ class ImageFeatures:
 
     def _map(self, function: Any) -> "ImageFeatures":
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return ImageFeatures(**{name: part if part is None else function(part) for name, part in parts.items()})
+        return ImageFeatures(
+            **{name: part if part is None else function(part) for name, part in parts.items()}
+        )
 
     def __getitem__(self, rows: Any) -> "ImageFeatures":
         """The features of one image (an int keeps the batch axis), a slice, or an index tensor of images."""
@@ -52,12 +57,18 @@ class PatchEmbeddings(nn.Module):
 
     def __init__(self, config: Blip2VisionConfig):
         super().__init__()
-        self.image_size, self.patch_size = int(config.image_size), int(config.patch_size)  # type: ignore[arg-type]
+        if not isinstance(config.image_size, int) or not isinstance(config.patch_size, int):
+            raise ValueError(
+                f"image_size and patch_size are single numbers, not {config.image_size} and more"
+            )
+        self.image_size, self.patch_size = config.image_size, config.patch_size
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
         width, num_patches = config.hidden_size, (self.image_size // self.patch_size) ** 2
         self.class_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
-        self.position_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, num_patches + 1, width), std=0.02))
+        self.position_embedding = nn.Parameter(
+            nn.init.trunc_normal_(torch.empty(1, num_patches + 1, width), std=0.02)
+        )
         self.patch_embedding = nn.Conv2d(
             3, width, self.patch_size, self.patch_size, bias=getattr(config, "patch_bias", True)
         )
@@ -81,7 +92,8 @@ class PatchEmbeddings(nn.Module):
 
 
 def interpolate_positions(position_embedding: Tensor, rows: int, columns: int) -> Tensor:
-    """Learned positions (1, 1 + old patches, V) resized to a grid of rows x columns; the class position is kept.
+    """Learned positions (1, 1 + old patches, V) resized to a grid of rows x columns; the class position is
+    kept.
 
     Bicubic in float32 without aligned corners, as EVA-CLIP's loader does it; the old grid is square.
     """
@@ -99,7 +111,7 @@ class Attention(nn.Module):
         super().__init__()
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
-                f"vision hidden_size {config.hidden_size} is not divisible by {config.num_attention_heads} heads"
+                f"vision hidden_size {config.hidden_size}: not divisible by {config.num_attention_heads} heads"
             )
         self.num_heads = config.num_attention_heads
         self.dropout = config.attention_dropout
@@ -107,7 +119,8 @@ class Attention(nn.Module):
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        q, k, v = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, P, V/H)
+        qkv = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, P, V/H) each
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         return self.projection(attended.transpose(1, 2).flatten(2))
@@ -193,8 +206,8 @@ class VisionTransformer(ImageEncoder):
     """EVA-CLIP ViT-g/14 by default; CLIP ViT-L/14 with `pre_layernorm` and without `patch_bias`.
 
     Args:
-        config: sizes. Beyond transformers' fields it may hold `post_layernorm_eps` (default: `layer_norm_eps`),
-            `pre_layernorm` (default False) and `patch_bias` (default True).
+        config: sizes. Beyond transformers' fields it may hold `post_layernorm_eps` (default:
+            `layer_norm_eps`), `pre_layernorm` (default False) and `patch_bias` (default True).
     """
 
     def __init__(self, config: Blip2VisionConfig):
