@@ -1,0 +1,350 @@
+"""fit(): one visible loop for every objective, from a laptop's core to many GPUs.
+
+An objective is a module whose `forward(batch)` returns named scalars; those named `loss*` are summed and
+minimized, the others are logged. The loop knows nothing else of it. `accelerate` brings the launch, the
+precision, the distributed wrapper and the trackers; the training state is ours (`train/state.py`). There are
+no callbacks: logging, evaluation, saving and stopping are the `if`s of the loop.
+
+Within a step the host never waits for the device. A step whose loss or gradient norm is not finite is
+cancelled on the device, and the host, which reads the flag one step later, stops and names the samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from train import distributed, optim, state
+from train.loader import Batch, Loader
+from train.log import Log, Window
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How long, how fast and in what precision; defaults are the paper's where it has one (section 3.4)."""
+
+    steps: int
+    """Optimizer steps, and the length of the schedule unless `max_minutes` shortens it."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    min_learning_rate: float = 1e-5
+    """Where the cosine ends."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.05
+    """Of parameters with two or more dimensions."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's."""
+    layer_decay: float = 1.0
+    """Learning-rate factor per image-encoder layer, from the last down; 1 means equal rates."""
+    clip_norm: float | None = None
+    """Scale gradients above this global norm down to it; the paper does not clip."""
+    precision: Precision = "bf16"
+    """bf16 and fp16 run under autocast over float32 weights; fp16 scales the loss and needs a GPU."""
+    seed: int = 42
+    """Rank r uses seed + r."""
+    max_minutes: float | None = None
+    """End within this time, resumed parts included: at log steps the schedule is fitted to the measured
+    speed. The evaluation at the end comes on top."""
+    log_every: int = 50
+    """Steps between log lines, each the mean since the last."""
+    eval_every: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    save_every: int = 1000
+    """Steps between saved states; one is saved at the end and on SIGTERM in any case."""
+    keep_states: int = 2
+    """Saved states that remain."""
+    trackers: tuple[str, ...] = ()
+    """accelerate trackers beside log.jsonl, such as tensorboard, trackio or wandb."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.log_every < 1:
+            raise ValueError(f"steps ({self.steps}) and log_every ({self.log_every}) must be at least 1")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below steps ({self.steps})")
+        if not 0 <= self.min_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate is {self.min_learning_rate}; "
+                f"it must lie in 0 .. learning_rate ({self.learning_rate})"
+            )
+        if self.max_minutes is not None and self.max_minutes <= 0:
+            raise ValueError(f"max_minutes is {self.max_minutes}; give a positive number, or leave it out")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a call of `fit` ended."""
+
+    step: int
+    """Optimizer steps of the run so far."""
+    finished: bool
+    """False when a signal stopped it; the same call goes on."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last log line and the last evaluation."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient norm was not finite; the message names the samples."""
+
+
+def make_accelerator(precision: Precision = "fp32", *, cpu: bool | None = None, **kwargs: Any) -> Accelerator:
+    """An Accelerator on the GPU if there is one, in which a lost rank is a time-out and no hang.
+
+    accelerate keeps one precision per process: phases of different precision need processes of their own.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16".
+        cpu: stay on the CPU; by default only where there is no GPU.
+        kwargs: for `Accelerator`, such as `log_with`.
+
+    Raises:
+        RuntimeError: the launcher announced another number of processes than take part.
+    """
+    if cpu is None:
+        cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    mixed: Any = "no" if precision == "fp32" else precision
+    timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
+    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[timeout], **kwargs)
+    distributed.check_launch(accelerator.num_processes)
+    return accelerator
+
+
+def fit(
+    objective: nn.Module,
+    loader: Loader,
+    config: FitConfig,
+    folder: str | os.PathLike[str],
+    *,
+    run: Mapping[str, Any] | None = None,
+    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    accelerator: Accelerator | None = None,
+) -> Result:
+    """Train `objective` on `loader`, in place; go on from the newest state in `folder` if there is one.
+
+    Args:
+        objective: `forward(batch)` returns a dict of scalar tensors; `loss*` are summed. Its parameters that
+            require a gradient are trained.
+        loader: this rank's batches.
+        config: see `FitConfig`.
+        folder: of this run alone; gets config.json, log.jsonl and states/.
+        run: the run's whole resolved configuration, by default `config`; a folder that holds another is
+            refused.
+        evaluate: (objective in eval mode, without gradients) -> metrics. Every rank calls it, rank 0's values
+            are logged, and the run's random generators do not notice.
+        accelerator: from `make_accelerator`, which the default calls.
+
+    Returns:
+        See `Result`.
+
+    Raises:
+        NonFiniteError: a loss or a gradient norm was not finite. The step was not applied, nothing is saved.
+        StateError: `folder` or its state belongs to another run.
+    """
+    folder = Path(folder)
+    state.claim(folder, run or dataclasses.asdict(config))
+    if accelerator is None:
+        accelerator = make_accelerator(config.precision, log_with=list(config.trackers), project_dir=folder)
+    device, scaler = accelerator.device, accelerator.scaler
+    distributed.seed_everything(config.seed)
+    objective.to(device).train()
+    optimizer = optim.adamw(
+        objective, weight_decay=config.weight_decay, betas=config.betas, layer_decay=config.layer_decay
+    )
+    parameters = list(state.trainable(objective).values())
+
+    step, seconds, total = 0, 0.0, config.steps
+    if (found := state.latest(folder)) is not None:
+        restored = state.load(found, objective, optimizer)
+        step, progress = restored["step"], restored["progress"]
+        seconds, total = progress["seconds"], progress["total_steps"]
+        loader.load_state_dict(restored["loader"])
+        if scaler is not None:
+            scaler.load_state_dict(progress["scaler"])
+    first, began, batches = step, time.perf_counter() - seconds, iter(loader)
+    model = accelerator.prepare_model(objective)
+    log = Log(folder, step, accelerator, config.trackers)
+    log.say(
+        f"{folder}: step {step} of {total}; {sum(p.numel() for p in parameters):,} parameters to train, "
+        f"{distributed.world_size()} process(es), {device}, {config.precision}"
+    )
+    window, flags, metrics, rate, stop = Window(), _Flags(), dict[str, float](), 0.0, False
+
+    def due(every: int) -> bool:
+        return step > first and (step >= total or stop or (every > 0 and step % every == 0))
+
+    with _stop_signals() as stop_requested:
+        while True:
+            if due(config.log_every):
+                stop |= flags.read(everything=True)
+                elapsed = torch.tensor(time.perf_counter() - began, device=device, dtype=torch.float32)
+                seconds = distributed.all_reduce_(elapsed, "max").item()
+                if config.max_minutes is not None:  # every rank has the same seconds, so the same schedule
+                    total = min(
+                        config.steps, step + max(0, int((config.max_minutes * 60 / seconds - 1) * step))
+                    )
+                metrics |= log.step(step, total, seconds, rate, window.close())
+                if scaler is not None and scaler.get_scale() < 2**-20:
+                    raise NonFiniteError(
+                        f"step {step}: fp16 gradients overflow at any loss scale; use bf16 or fp32"
+                    )
+
+            last = stop or step >= total
+            if evaluate is not None and due(config.eval_every) and not stop:
+                flags.read(everything=True)
+                with window.paused():
+                    metrics |= log.evaluation(step, _evaluate(evaluate, objective))
+
+            if due(config.save_every):
+                flags.read(everything=True)
+                progress = {"seconds": time.perf_counter() - began, "total_steps": total}
+                if scaler is not None:
+                    progress["scaler"] = scaler.state_dict()
+                with window.paused():
+                    state.save(
+                        folder, step, objective, optimizer,
+                        loader=loader.state_dict(), progress=progress, keep=config.keep_states,
+                    )  # fmt: skip
+
+            if last:
+                break
+
+            waiting = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - waiting
+            rate = optim.learning_rate(
+                step,
+                total=total,
+                peak=config.learning_rate,
+                floor=config.min_learning_rate,
+                warmup=config.warmup_steps,
+            )
+            optim.set_learning_rate(optimizer, rate)
+
+            outputs: dict[str, Tensor] = model(_to(batch, device))
+            loss = torch.stack([value for name, value in outputs.items() if name.startswith("loss")]).sum()
+            accelerator.backward(loss)
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            norm = optim.gradient_norm(parameters, config.clip_norm)
+            finite = torch.isfinite(loss.detach())
+            if (
+                scaler is None
+            ):  # with fp16, an infinite norm is the scaler's to handle: it skips the step, lowers the scale
+                finite = finite & torch.isfinite(norm)
+            bad = (~finite).float()
+            flag = torch.stack([bad, torch.full_like(bad, float(stop_requested()))])
+            distributed.all_reduce_(flag, "max")  # what one rank sees, all ranks act on
+            if scaler is not None:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.found_inf = flag[0]  # type: ignore[attr-defined]  # AdamW's fused step does nothing where it is 1
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+
+            values = {name: value.detach() for name, value in outputs.items()}
+            window.add({"loss": loss.detach(), **values, "grad_norm": norm}, _rows(batch), waited)
+            flags.put(flag, step, values, batch.get("keys"))
+            stop |= flags.read()
+    log.close()
+    if stop and step < total:
+        log.say(
+            f"stopped by a signal after step {step}; the state is saved, the same command goes on from there"
+        )
+    return Result(step, step >= total, metrics)
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _rows(batch: Batch) -> int:
+    return next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), 0)
+
+
+def _evaluate(evaluate: Callable[[nn.Module], Mapping[str, float]], objective: nn.Module) -> dict[str, float]:
+    generators = state.rng_state()
+    objective.eval()
+    with torch.no_grad():
+        metrics = {name: float(value) for name, value in evaluate(objective).items()}
+    objective.train()
+    state.set_rng_state(generators)
+    return metrics
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGTERM or SIGINT into a flag; a second one acts as it did before."""
+    received, before = False, dict[int, Any]()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        before.clear()
+
+    def receive(number: int, frame: Any) -> None:
+        nonlocal received
+        received = True
+        restore()
+
+    if threading.current_thread() is threading.main_thread():  # python delivers signals to no other
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, receive)
+    try:
+        yield lambda: received
+    finally:
+        restore()
+
+
+class _Flags:
+    """Brings each step's two flags, not finite and stop, to the host one step late.
+
+    So the host never waits for the step it has just launched.
+    """
+
+    def __init__(self) -> None:
+        self.pending: list[tuple[Tensor, Any, int, dict[str, Tensor], Any]] = []
+
+    def put(self, flag: Tensor, step: int, values: dict[str, Tensor], keys: Any) -> None:
+        event = None
+        if flag.is_cuda:
+            host = torch.empty_like(flag, device="cpu", pin_memory=True)
+            host.copy_(flag, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            flag = host
+        self.pending.append((flag, event, step, values, keys))
+
+    def read(self, everything: bool = False) -> bool:
+        """Whether to stop; reads all but the newest flag, or `everything`."""
+        stop = False
+        while len(self.pending) > (0 if everything else 1):
+            flag, event, step, values, keys = self.pending.pop(0)
+            if event is not None:
+                event.synchronize()
+            bad, stopped = flag.tolist()
+            stop |= bool(stopped)
+            if bad:
+                shown = ", ".join(f"{name} {value.item():.4g}" for name, value in values.items())
+                raise NonFiniteError(
+                    f"step {step}: the loss or the gradient norm is not finite and the step was not applied; "
+                    f"rank {distributed.rank()} had {shown} on samples "
+                    f"{keys if keys is not None else '(no keys)'}"
+                )
+        return stop
