@@ -1,1 +1,1 @@
-"""The drawn world: small pictures of colored shapes, their texts, and the miniature BLIP-2 trained on them."""
+"""The drawn world: small pictures of colored shapes, their texts, and a miniature BLIP-2 for them."""

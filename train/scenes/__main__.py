@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from train.scenes.world import SPLITS, render, sample
@@ -24,6 +25,14 @@ def show(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}: {args.rows * args.columns} scenes of split {args.split}")
 
 
+def encoder(args: argparse.Namespace) -> None:
+    """Pretrain the image encoder, or go on with it."""
+    from train.scenes.encoder import pretrain_encoder
+
+    torch.set_num_threads(args.threads)
+    pretrain_encoder(args.out, steps=args.steps, seed=args.seed, batch_size=args.batch_size)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m train.scenes", description=__doc__)
@@ -37,6 +46,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--resolution", type=int, default=64, help="pixels a scene is drawn at")
     command.add_argument("--size", type=int, default=128, help="pixels a scene takes on the sheet")
     command.set_defaults(run=show)
+
+    command = commands.add_parser("encoder", help="pretrain the image encoder (half an hour on one core)")
+    command.add_argument(
+        "--out", type=Path, default=Path("runs/scenes/encoder"), help="run folder; resumable"
+    )
+    command.add_argument("--steps", type=int, default=3000)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--batch-size", type=int, default=64)
+    command.add_argument("--threads", type=int, default=1)
+    command.set_defaults(run=encoder)
     return top
 
 

@@ -3,7 +3,7 @@
     sample(seed, split) -> Scene        what is where; the same seed always gives the same scene
     render(scene, size) -> pixels       the picture, (size, size, 3) uint8 RGB
     labels(scene, size, patch) -> dict  what each patch shows, to pretrain the image encoder
-    relation(a, b) -> str | None        "left of", "right of", "above", "below", or None where people would argue
+    relation(a, b) -> str | None        "left of", "right of", "above", "below", or None where it is arguable
 
 Coordinates are fractions of the picture: x to the right, y down, radius that of the circle around a thing.
 """
@@ -220,7 +220,7 @@ def _outline(thing: Thing, wobble: np.random.Generator) -> np.ndarray:
     if thing.style == "sketched":  # a hand draws neither straight nor round: bent edges, displaced corners
         if len(points) < 20:
             points = np.stack([points, (points + np.roll(points, -1, 0)) / 2], 1).reshape(-1, 2)
-        points = points + wobble.normal(0, 0.045, points.shape)
+        points = points + wobble.normal(0, 0.045 if len(points) < 20 else 0.025, points.shape)
     angle = math.radians(thing.rotation)
     turn = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))])
     return points @ turn * thing.radius
