@@ -95,7 +95,7 @@ class Projections(nn.Module):
         super().__init__()
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
-                f"qformer hidden_size {config.hidden_size}: not divisible by {config.num_attention_heads} heads"
+                f"qformer hidden_size {config.hidden_size} over {config.num_attention_heads} heads: not divisible"
             )
         self.num_heads = config.num_attention_heads
         self.dropout = config.attention_probs_dropout_prob

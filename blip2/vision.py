@@ -111,7 +111,7 @@ class Attention(nn.Module):
         super().__init__()
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
-                f"vision hidden_size {config.hidden_size}: not divisible by {config.num_attention_heads} heads"
+                f"vision hidden_size {config.hidden_size} over {config.num_attention_heads} heads: no multiple"
             )
         self.num_heads = config.num_attention_heads
         self.dropout = config.attention_dropout

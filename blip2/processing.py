@@ -1,0 +1,223 @@
+"""From pictures and questions to tensors and back: pixel values, prompt frames, tokens.
+
+The frames are the paper's (Sec. 4.1) and LAVIS's: `Question: ... Answer:` for OPT, `Question: ... Short
+answer:` for Flan-T5. A bare question makes OPT answer with a line break, that is, with nothing, so frames are
+put on here.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+
+from .images import ImageSource, open_image, preprocess
+
+Family = Literal["opt", "t5", "bert"]
+Style = Literal["question", "short", "caption", "raw"]
+Turn = tuple[str, str]
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as LAVIS
+STD = (0.26862954, 0.26130258, 0.27577711)
+MAX_PROMPT_CHARACTERS = 100_000  # beyond it even tokenizing is a burden; far above any model's context
+
+
+class PromptError(ValueError):
+    """A prompt that cannot be asked: empty, not text, or longer than the model reads."""
+
+
+class Processor:
+    """Everything between a user and the tensors of one model.
+
+    Attributes:
+        family: "opt" for decoder-only, "t5" for encoder-decoder language models, "bert" for stage-1 models.
+        tokenizer: of the language model, or the Q-Former's own for stage 1.
+        image_size: pixels a side.
+        num_query_tokens: how many soft tokens stand for an image.
+        qformer_tokenizer: for models whose Q-Former reads the question too.
+        context: how many tokens the language model reads and writes in all, queries included; None: no limit.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        family: Family,
+        image_size: int,
+        num_query_tokens: int = 32,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+        context: int | None = None,
+        qformer_tokenizer: PreTrainedTokenizerBase | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.family: Family = family
+        self.image_size = image_size
+        self.num_query_tokens = num_query_tokens
+        self.mean, self.std = tuple(mean), tuple(std)
+        self.context = context
+        self.qformer_tokenizer = qformer_tokenizer
+        tokenizer.padding_side = "left" if family == "opt" else "right"
+
+    # --- loading and saving ---
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, config: Any = None, **options: Any) -> "Processor":
+        """Read a folder's or a hub repository's tokenizer and image settings, of transformers 4 or 5.
+
+        Args:
+            name: folder or hub id.
+            config: the model's configuration if it is at hand.
+            options: for the library, such as revision or local_files_only.
+        """
+        config = config or AutoConfig.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        image_size, mean, std = config.vision_config.image_size, MEAN, STD
+        try:
+            settings = AutoImageProcessor.from_pretrained(name, **options)
+            mean, std = settings.image_mean, settings.image_std
+        except (OSError, ValueError):
+            pass  # very old folders have no image settings: the released models all share LAVIS's
+        qformer_tokenizer = None
+        text = config.text_config
+        if getattr(config, "architectures", None) == ["Blip2ForImageTextRetrieval"]:
+            family: Family = "bert"
+        else:
+            family = "opt" if config.use_decoder_only_language_model else "t5"
+            if config.qformer_config.use_qformer_text_input or config.model_type == "instructblip":
+                qformer_tokenizer = AutoTokenizer.from_pretrained(
+                    name, subfolder="qformer_tokenizer", **options
+                )
+        return cls(
+            tokenizer,
+            family=family,
+            image_size=image_size,
+            num_query_tokens=config.num_query_tokens,
+            mean=mean,
+            std=std,
+            context=getattr(text, "max_position_embeddings", None) if family == "opt" else None,
+            qformer_tokenizer=qformer_tokenizer,
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer and image settings so that transformers 4 and 5 read them."""
+        folder = Path(folder)
+        self.tokenizer.save_pretrained(folder)
+        if self.qformer_tokenizer is not None:
+            self.qformer_tokenizer.save_pretrained(folder / "qformer_tokenizer")
+        image = {
+            "image_processor_type": "BlipImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"height": self.image_size, "width": self.image_size},
+            "resample": Image.Resampling.BICUBIC.value,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+        instruct = self.qformer_tokenizer is not None
+        name = "InstructBlipProcessor" if instruct else "Blip2Processor"
+        whole = {"processor_class": name, "num_query_tokens": self.num_query_tokens, "image_processor": image}
+        for file, content in {
+            "preprocessor_config.json": {**image, "processor_class": name},  # where 4.x looks
+            "processor_config.json": whole,  # where 5.x looks
+        }.items():
+            (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    # --- pictures ---
+
+    def images(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
+        """One or many pictures in any form `open_image` takes -> pixel_values: float (B, 3, S, S)."""
+        many = images if isinstance(images, list | tuple) else [images]
+        pictures = [image if _is_rgb(image) else open_image(image) for image in many]
+        return preprocess(pictures, self.image_size, self.mean, self.std)
+
+    # --- text ---
+
+    def prompt(self, text: str = "", style: Style = "question", history: Sequence[Turn] = ()) -> str:
+        """The exact text a model is sent.
+
+        Args:
+            text: a question, a caption's beginning, or with style "raw" anything.
+            style: "question" and "short" frame a question and the turns before it ("short" is Flan-T5's
+                default: "Question: ... Short answer:"); "caption" and "raw" leave text as it is.
+            history: earlier questions and their answers, oldest first.
+
+        Raises:
+            PromptError: no question, or a text of more than MAX_PROMPT_CHARACTERS.
+        """
+        if not isinstance(text, str):
+            raise PromptError(f"a prompt is text, not {type(text).__name__}")
+        text = " ".join(text.split())
+        if len(text) > MAX_PROMPT_CHARACTERS:
+            raise PromptError(
+                f"the prompt has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are read"
+            )
+        if style in ("caption", "raw"):
+            return text
+        if style not in ("question", "short"):
+            raise PromptError(f"unknown prompt style {style!r}: use question, short, caption or raw")
+        if not text:
+            raise PromptError("the question is empty: ask something about the picture")
+        if text.lower().startswith("question:"):
+            return text  # someone wrote the frame by hand
+        answer = "Answer:" if style == "question" else "Short answer:"
+        turns = [f"Question: {question} Answer: {reply.rstrip('.')}." for question, reply in history]
+        return " ".join([*turns, f"Question: {text} {answer}"])
+
+    @property
+    def question_style(self) -> Style:
+        """The frame for questions that the paper uses with this language model."""
+        return "question" if self.family == "opt" else "short"
+
+    def text(self, prompts: str | Sequence[str], max_length: int | None = None) -> dict[str, Tensor]:
+        """Tokenize prompts, padded on the side the family needs.
+
+        Args:
+            prompts: one or many.
+            max_length: cut each to so many tokens (training); None: refuse what does not fit the context.
+
+        Returns:
+            input_ids and attention_mask: int (B, T). Nothing of the prompt is cut silently when asking.
+        """
+        many = [prompts] if isinstance(prompts, str) else list(prompts)
+        cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
+        tokens = self.tokenizer(many, padding=True, return_tensors="pt", return_token_type_ids=False, **cut)
+        length = tokens["input_ids"].shape[1]
+        if self.context is not None and length + self.num_query_tokens >= self.context:
+            raise PromptError(
+                f"the prompt has {length} tokens; with the picture's {self.num_query_tokens} this model reads "
+                f"fewer than {self.context}: shorten it"
+            )
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def question(self, questions: str | Sequence[str]) -> dict[str, Tensor]:
+        """Questions for a Q-Former that reads them: qformer_input_ids and _attention_mask, or nothing."""
+        if self.qformer_tokenizer is None:
+            return {}
+        many = [questions] if isinstance(questions, str) else list(questions)
+        tokens = self.qformer_tokenizer(many, padding=True, return_tensors="pt", return_token_type_ids=False)
+        return {f"qformer_{name}": tokens[name] for name in ("input_ids", "attention_mask")}
+
+    def decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:
+        """Generated tokens (B, T) to text, without special tokens and surrounding space."""
+        rows = ids.tolist() if isinstance(ids, torch.Tensor) else [list(row) for row in ids]
+        return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words of a text that the tokenizer has no token for; only small word-level vocabularies have any."""
+        unknown = self.tokenizer.unk_token_id
+        if unknown is None or unknown in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id):
+            return []
+        words = [word.strip(".,?!:;\"'()") for word in text.split()]
+        return [w for w in words if w and unknown in self.tokenizer(w, add_special_tokens=False)["input_ids"]]
+
+
+def _is_rgb(image: Any) -> bool:
+    return isinstance(image, Image.Image) and image.mode == "RGB" and not image.getexif()
