@@ -1,10 +1,10 @@
 """The one place that downloads from an address a user typed: http(s), public hosts, bounded in time and size.
 
 A page that fetches URLs for strangers can be turned on the machines around it (server-side request forgery).
-So the host is resolved here, every address it has must be public, and the connection goes to the very address
-that was checked, with the host's name kept for TLS and the `Host` header: a second look-up, which could answer
-differently, never happens. Redirects are followed by hand and checked the same way. Proxies from the
-environment are not used, for the same reason.
+So the host is resolved here, every address it has must be public, and the connection goes to the very
+address that was checked, with the host's name kept for TLS and the `Host` header: a second look-up, which
+could answer differently, never happens. Redirects are followed by hand and checked the same way. Proxies from
+the environment are not used, for the same reason.
 """
 
 import io
@@ -250,7 +250,7 @@ class _DeadlineReader(io.RawIOBase):
 
 def _response_class(sock: socket.socket, deadline: float) -> type[HTTPResponse]:
     class DeadlineResponse(HTTPResponse):
-        """Status line, headers, chunk sizes and body come through `fp`: the deadline holds for all of them."""
+        """Status line, headers, chunk sizes and body come through `fp`: the deadline holds for all."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)

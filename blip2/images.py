@@ -5,8 +5,8 @@ size from the header before it decodes a pixel, opens only common raster formats
 asked to. `preprocess` is the transform of the released checkpoints: bicubic resize straight to a square, no
 crop, CLIP mean and standard deviation.
 
-Left out on purpose: color profiles are ignored, as the reference transform does, and JPEGs are decoded at full
-size, since decoding at a reduced scale changes the resized pixels.
+Left out on purpose: color profiles are ignored, as the reference transform does, and JPEGs are decoded at
+full size, since decoding at a reduced scale changes the resized pixels.
 """
 
 import io
@@ -58,8 +58,8 @@ def open_image(source: ImageSource, *, allow_url: bool = False, max_pixels: int 
 
     Args:
         source: a path, the bytes of an image file, a binary file object (rewound, left open), a PIL image,
-            or an array: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16 (0..65535), bool, or float (0..1).
-            With `allow_url`, also an http(s) URL.
+            or an array: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16 (0..65535), bool, or
+            float (0..1). With `allow_url`, also an http(s) URL.
         allow_url: whether a URL may be downloaded, by `blip2.fetch.fetch` with its limits.
         max_pixels: largest width x height, in pixels, checked before decoding. PIL's own limit
             (2 x `PIL.Image.MAX_IMAGE_PIXELS`, 179 million) stays in force above it.
@@ -133,6 +133,8 @@ def preprocess(
 
 def _from_path(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
     name = repr(_shorten(os.fsdecode(path)))
+    if name == "''":
+        raise ImageError("the path is empty; give an image file.")
     try:
         path = Path(os.fsdecode(path))
         if path.is_dir():
@@ -144,10 +146,6 @@ def _from_path(path: str | os.PathLike[str], max_pixels: int) -> Image.Image:
         file = path.open("rb")
     except OSError as error:  # no permission, name too long
         raise ImageError(f"cannot read {name}: {error.strerror or error}.") from error
-    except ValueError as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(f"{name} is not a file path: {error}.") from error  # embedded null byte
     with file:
         return _from_file(file, name, max_pixels)
 
@@ -240,7 +238,7 @@ def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
         raise ImageError(
             f"{name} is truncated or damaged ({_shorten(str(error))}); save or download it again."
         ) from error
-    if transpose := _ORIENTATIONS.get(_orientation(image)):
+    if (transpose := _ORIENTATIONS.get(_orientation(image))) is not None:  # a flip's value is 0
         rgb = rgb.transpose(transpose)
     rgb.info.clear()  # opened again, it must not be turned twice
     return rgb
@@ -267,8 +265,8 @@ def _mode_to_rgb(image: Image.Image, name: str) -> Image.Image:
 def _gray_levels(values: np.ndarray, name: str) -> np.ndarray:
     """Map an image file's 16-bit, 32-bit or float grays (H, W) to uint8.
 
-    16-bit files use the full scale. 32-bit and float files do not state theirs, so the smallest usual one that
-    holds all values is taken: 0..1 (float only), 0..255, 0..65535, else the values' own range.
+    16-bit files use the full scale. 32-bit and float files do not state theirs, so the smallest usual one
+    that holds all values is taken: 0..1 (float only), 0..255, 0..65535, else the values' own range.
     """
     if values.dtype == np.uint16:
         return _from_uint16(values)
