@@ -105,7 +105,7 @@ class Blip2(Blip2Base):
             image_embeds, query_output, self.language_projection(query_output.to(image_embeds.dtype))
         )
 
-    def _language_inputs(
+    def language_inputs(
         self,
         pixel_values: Tensor | None,
         image: ImageFeatures | None,
@@ -206,7 +206,7 @@ class Blip2(Blip2Base):
             len(image) if image is not None else len(pixel_values if pixel_values is not None else ()),
         )
         text = self._text(input_ids, attention_mask, rows, check_image_tokens)
-        language_inputs = self._language_inputs(pixel_values, image, rows, question)
+        language_inputs = self.language_inputs(pixel_values, image, rows, question)
         if labels is not None and self.is_decoder_only:
             labels = labels[:, labels.shape[1] - text[0].shape[1] :]
         return self.bridge.forward(language_inputs, *text, labels, **options)
@@ -242,7 +242,7 @@ class Blip2(Blip2Base):
         rows = max(images, 0 if input_ids is None else len(input_ids))
         text = self._text(input_ids, attention_mask, rows)
         return self.bridge.generate(
-            self._language_inputs(pixel_values, image, rows, question), *text, **options
+            self.language_inputs(pixel_values, image, rows, question), *text, **options
         )
 
 

@@ -15,14 +15,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
-from .images import ImageSource, open_image, preprocess
+from .images import CLIP_MEAN, CLIP_STD, ImageSource, open_image, preprocess
 
 Family = Literal["opt", "t5", "bert"]
 Style = Literal["question", "short", "caption", "raw"]
 Turn = tuple[str, str]
 
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as LAVIS
-STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PROMPT_CHARACTERS = 100_000  # beyond it even tokenizing is a burden; far above any model's context
 
 
@@ -49,8 +47,8 @@ class Processor:
         family: Family,
         image_size: int,
         num_query_tokens: int = 32,
-        mean: Sequence[float] = MEAN,
-        std: Sequence[float] = STD,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
         context: int | None = None,
         qformer_tokenizer: PreTrainedTokenizerBase | None = None,
     ):
@@ -76,7 +74,7 @@ class Processor:
         """
         config = config or AutoConfig.from_pretrained(name, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        image_size, mean, std = config.vision_config.image_size, MEAN, STD
+        image_size, mean, std = config.vision_config.image_size, CLIP_MEAN, CLIP_STD
         try:
             settings = AutoImageProcessor.from_pretrained(name, **options)
             mean, std = settings.image_mean, settings.image_std
@@ -99,7 +97,7 @@ class Processor:
             num_query_tokens=config.num_query_tokens,
             mean=mean,
             std=std,
-            context=getattr(text, "max_position_embeddings", None) if family == "opt" else None,
+            context=getattr(text, "max_position_embeddings", getattr(text, "n_positions", None)),
             qformer_tokenizer=qformer_tokenizer,
         )
 
@@ -154,12 +152,14 @@ class Processor:
         """
         if not isinstance(text, str):
             raise PromptError(f"a prompt is text, not {type(text).__name__}")
-        text = " ".join(text.split())
         if len(text) > MAX_PROMPT_CHARACTERS:
             raise PromptError(
-                f"the prompt has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} are read"
+                f"the prompt has {len(text):,} characters; at most {MAX_PROMPT_CHARACTERS:,} fit"
             )
-        if style in ("caption", "raw"):
+        if style == "raw":
+            return text
+        text = " ".join(text.split())
+        if style == "caption":
             return text
         if style not in ("question", "short"):
             raise PromptError(f"unknown prompt style {style!r}: use question, short, caption or raw")
@@ -188,7 +188,7 @@ class Processor:
         """
         many = [prompts] if isinstance(prompts, str) else list(prompts)
         cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
-        tokens = self.tokenizer(many, padding=True, return_tensors="pt", return_token_type_ids=False, **cut)
+        tokens = self.tokenizer(many, padding=True, return_tensors="pt", **cut)
         length = tokens["input_ids"].shape[1]
         if self.context is not None and length + self.num_query_tokens >= self.context:
             raise PromptError(
@@ -202,7 +202,7 @@ class Processor:
         if self.qformer_tokenizer is None:
             return {}
         many = [questions] if isinstance(questions, str) else list(questions)
-        tokens = self.qformer_tokenizer(many, padding=True, return_tensors="pt", return_token_type_ids=False)
+        tokens = self.qformer_tokenizer(many, padding=True, return_tensors="pt")
         return {f"qformer_{name}": tokens[name] for name in ("input_ids", "attention_mask")}
 
     def decode(self, ids: Tensor | Sequence[Sequence[int]]) -> list[str]:

@@ -1,0 +1,263 @@
+"""A conversation about one picture: set it once, ask many times (the paper's instructed generation, Fig. 4).
+
+The picture is encoded once. A decoder-only language model keeps the keys and values of the turns before, in a
+pool shared by all conversations; one that was evicted reads its turns again and gives the same answer.
+"""
+
+import threading
+import uuid
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .generation import Generation, TextCache, decode, generate
+from .images import ImageSource
+from .model import Blip2
+from .processing import Processor, PromptError, Style
+from .vision import ImageFeatures
+
+POOL_BYTES = 1 << 30
+
+
+class CachePool:
+    """Key-value caches of many conversations under one limit; the least recently used leaves first."""
+
+    def __init__(self, max_bytes: int = POOL_BYTES):
+        self.max_bytes = max_bytes
+        self._caches: OrderedDict[str, TextCache] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def take(self, owner: str) -> TextCache:
+        """The owner's cache, out of the pool while it is in use; an empty one if it was evicted."""
+        with self._lock:
+            return self._caches.pop(owner, None) or TextCache()
+
+    def give(self, owner: str, cache: TextCache) -> None:
+        """Put a cache back, and evict others, or this one if it alone is over the limit."""
+        with self._lock:
+            self._caches[owner] = cache
+            while self._caches and self._bytes() > self.max_bytes:
+                self._caches.popitem(last=False)
+
+    def drop(self, owner: str) -> None:
+        """Forget an owner's cache."""
+        with self._lock:
+            self._caches.pop(owner, None)
+
+    def _bytes(self) -> int:
+        return sum(cache.num_bytes for cache in self._caches.values())
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        with self._lock:
+            return self._bytes()
+
+
+_POOL = CachePool()
+
+
+@dataclass
+class Turn:
+    """One question and its answer.
+
+    Attributes:
+        question: as asked.
+        answer: as given; what was said until then if it was stopped.
+        prompt: the exact text the language model was sent.
+        num_tokens: length of the answer, tokens.
+        dropped: how many of the oldest turns no longer fit and were left out of the prompt.
+    """
+
+    question: str
+    answer: str = ""
+    prompt: str = ""
+    num_tokens: int = 0
+    dropped: int = 0
+
+
+class Chat:
+    """Multi-turn chat about one picture.
+
+    Args:
+        model: stage 2.
+        processor: its processor.
+        pool: where key-value caches live between turns; by default one pool serves the whole process.
+        style: frame of the questions; by default the paper's for this language model.
+    """
+
+    def __init__(
+        self, model: Blip2, processor: Processor, *, pool: CachePool | None = None, style: Style | None = None
+    ):
+        self.model, self.processor = model, processor
+        self.style: Style = style or processor.question_style
+        self.turns: list[Turn] = []
+        self.image: ImageFeatures | None = None
+        self._pool = pool or _POOL
+        self._key = uuid.uuid4().hex
+        self._stop = threading.Event()
+        self._busy = threading.Lock()
+        weakref.finalize(self, self._pool.drop, self._key)
+
+    # --- the picture ---
+
+    def set_image(self, image: ImageSource | ImageFeatures, *, keep_turns: bool = False) -> None:
+        """Look at a picture: in any form `open_image` takes, or already encoded. Starts a new conversation.
+
+        Args:
+            image: the picture.
+            keep_turns: go on with the conversation, about another picture.
+        """
+        if not isinstance(image, ImageFeatures):
+            device = self.model.query_tokens.device
+            image = self.model.encode_image(self.processor.images(image).to(device))
+        if len(image) != 1:
+            raise ValueError(f"a chat is about one picture, not {len(image)}")
+        self.image = image
+        self._pool.drop(self._key)
+        if not keep_turns:
+            self.turns.clear()
+
+    # --- asking ---
+
+    def ask(self, question: str, generation: Generation | None = None, **settings: Any) -> str:
+        """Ask, and return the whole answer; by default decoded as in the paper (`Generation.answer`)."""
+        return "".join(self.stream(question, (generation or Generation.answer()), **settings))
+
+    def stream(self, question: str, generation: Generation | None = None, **settings: Any) -> Iterator[str]:
+        """Ask, and yield the answer piece by piece; beam search yields it whole.
+
+        Close the iterator, or call `stop`, to end generation within one token; the turn keeps what was said.
+
+        Args:
+            question: free text.
+            generation: settings, greedy by default.
+            settings: fields of `Generation` to change.
+
+        Raises:
+            ValueError: no picture was set, more than one answer was asked for, or an answer is under way.
+            PromptError: an empty question, or one that does not fit the model's context.
+        """
+        if self.image is None:
+            raise ValueError("there is no picture yet: call set_image first")
+        generation = (generation or Generation()).with_(**settings)
+        if generation.num_captions != 1:
+            raise ValueError(f"a chat turn has one answer; num_captions is {generation.num_captions}")
+        turn, tokens = self._prompt(question, generation)
+        return self._answer(turn, tokens, self.image, generation)
+
+    def _prompt(self, question: str, generation: Generation) -> tuple[Turn, dict[str, torch.Tensor]]:
+        """Frame the question with as many of the latest turns as fit the context."""
+        history = [(turn.question, turn.answer) for turn in self.turns]
+        room = (
+            (self.processor.context or 1 << 30) - self.processor.num_query_tokens - generation.max_new_tokens
+        )
+        for dropped in range(len(history) + 1):
+            prompt = self.processor.prompt(question, self.style, history[dropped:])
+            last = dropped == len(history)
+            if not last and len(self.processor.tokenizer(prompt)["input_ids"]) > room:
+                continue
+            tokens = self.processor.text(prompt)
+            if tokens["input_ids"].shape[1] <= room:
+                break
+        else:
+            raise PromptError(
+                f"the question and an answer of {generation.max_new_tokens} tokens do not fit this model's "
+                f"{self.processor.context}: shorten the question or lower max_new_tokens"
+            )
+        tokens |= self.processor.question(question)
+        return Turn(question, prompt=prompt, dropped=dropped), tokens
+
+    def _answer(
+        self, turn: Turn, tokens: dict[str, torch.Tensor], image: ImageFeatures, generation: Generation
+    ) -> Iterator[str]:
+        if not self._busy.acquire(blocking=False):
+            raise ValueError("this chat is still answering: wait, or call stop() first")
+        try:
+            self._stop.clear()
+            if generation.method == "beam":
+                [[turn.answer]] = generate(
+                    self.model, self.processor, image, turn.prompt, generation, self._stop
+                )
+                turn.num_tokens = len(
+                    self.processor.tokenizer(turn.answer, add_special_tokens=False)["input_ids"]
+                )
+                self.turns.append(turn)
+                yield turn.answer
+                return
+            self.turns.append(turn)
+            yield from self._stream(turn, tokens, image, generation)
+        finally:
+            self._busy.release()
+
+    def _stream(
+        self, turn: Turn, tokens: dict[str, torch.Tensor], image: ImageFeatures, generation: Generation
+    ) -> Iterator[str]:
+        device = image.image_embeds.device
+        tokens = {name: value.to(device) for name, value in tokens.items()}
+        cache = self._pool.take(self._key)
+        ids: list[int] = []
+        try:
+            for token in decode(self.model, image, tokens, generation, cache):
+                ids.append(int(token[0]))
+                turn.num_tokens = len(ids)
+                text = self.processor.decode([ids])[0]
+                if not text.endswith("\ufffd"):  # half a character: wait for its other half
+                    piece, turn.answer = text[len(turn.answer) :], text
+                    if piece:
+                        yield piece
+                if self._stop.is_set():
+                    return
+        except Exception:
+            cache = TextCache()  # some layers may have read a token that others have not
+            raise
+        finally:
+            if self.model.is_decoder_only and not self.model.question_in_qformer:
+                self._pool.give(self._key, cache)
+
+    def stop(self) -> None:
+        """End the answer under way within one token; safe from any thread."""
+        self._stop.set()
+
+    # --- changing one's mind ---
+
+    def undo(self) -> Turn | None:
+        """Take the last turn back."""
+        return self.turns.pop() if self.turns else None
+
+    def regenerate(self, generation: Generation | None = None, **settings: Any) -> Iterator[str]:
+        """Answer the last question again."""
+        return self.edit(
+            len(self.turns) - 1, self.turns[-1].question if self.turns else "", generation, **settings
+        )
+
+    def edit(
+        self, index: int, question: str, generation: Generation | None = None, **settings: Any
+    ) -> Iterator[str]:
+        """Ask turn `index` (from 0) differently; the turns after it are forgotten."""
+        if not 0 <= index < len(self.turns):
+            raise ValueError(f"there is no turn {index}: this chat has {len(self.turns)}")
+        before, self.turns = self.turns, self.turns[:index]
+        try:
+            return self.stream(question, generation, **settings)
+        except ValueError:
+            self.turns = before
+            raise
+
+    def clear(self) -> None:
+        """Forget all turns; the picture stays."""
+        self.turns.clear()
+        self._pool.drop(self._key)
+
+    @property
+    def notices(self) -> list[str]:
+        """What the visitor should know about how the last answer came about."""
+        dropped = self.turns[-1].dropped if self.turns else 0
+        turns = "turn was" if dropped == 1 else f"{dropped} turns were"
+        return (
+            [f"The conversation outgrew the model's context: the oldest {turns} left out."] if dropped else []
+        )

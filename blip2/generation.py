@@ -1,0 +1,277 @@
+"""How an answer is decoded: settings with the paper's defaults, and a token loop that streams, stops and
+caches.
+
+B rows, Q queries, T text tokens. Greedy and nucleus decoding run in the loop below, because a caller can stop
+it after any token and hand its key-value cache to the next turn; beam search is transformers' own.
+"""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from .model import Blip2
+from .processing import Processor
+from .vision import ImageFeatures
+
+Method = Literal["greedy", "beam", "nucleus"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Decoding settings: greedy by default; `caption` and `answer` are the paper's (Sec. 4.1, 4.2).
+
+    Attributes:
+        method: "greedy", "beam" (cannot stream), or "nucleus" (sampling).
+        num_beams: for beam.
+        top_p: for nucleus, the probability mass to sample from, in (0, 1].
+        temperature: for nucleus, above 0.
+        max_new_tokens: length of an answer at most, tokens.
+        min_new_tokens: and at least.
+        length_penalty: for beam; below 0 favors short answers.
+        repetition_penalty: above 1 discourages tokens already said.
+        num_captions: how many answers a prompt gets; more than one needs nucleus, or as many beams.
+        seed: makes nucleus repeatable.
+    """
+
+    method: Method = "greedy"
+    num_beams: int = 5
+    top_p: float = 0.9
+    temperature: float = 1.0
+    max_new_tokens: int = 30
+    min_new_tokens: int = 1
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+    num_captions: int = 1
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no method could follow."""
+        allowed = {
+            "method": (self.method in ("greedy", "beam", "nucleus"), "greedy, beam or nucleus"),
+            "num_beams": (self.num_beams >= 1, "1 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "temperature": (self.temperature > 0, "above 0"),
+            "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
+            "min_new_tokens": (0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "num_captions": (1 <= self.num_captions <= 64, "1 to 64"),
+        }
+        for name, (fine, values) in allowed.items():
+            if not fine:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; allowed: {values}")
+        most = {"greedy": 1, "beam": self.num_beams}.get(self.method)
+        if most is not None and self.num_captions > most:
+            raise ValueError(
+                f"num_captions is {self.num_captions}; {self.method} gives at most {most}: "
+                "use nucleus, or more beams"
+            )
+
+    @classmethod
+    def caption(cls, **changes: Any) -> "Generation":
+        """Five beams, up to 30 tokens (Sec. 4.2)."""
+        return cls(**{"method": "beam", **changes})
+
+    @classmethod
+    def answer(cls, **changes: Any) -> "Generation":
+        """Zero-shot VQA: five beams, up to 10 tokens, length penalty -1 (Sec. 4.1)."""
+        return cls(**{"method": "beam", "max_new_tokens": 10, "length_penalty": -1.0, **changes})
+
+    def with_(self, **changes: Any) -> "Generation":
+        """These settings with some changed."""
+        return replace(self, **changes)
+
+    def options(self) -> dict[str, Any]:
+        """The same for transformers' `generate` with beams."""
+        return {
+            "do_sample": False,
+            "num_beams": self.num_beams,
+            "num_return_sequences": self.num_captions,
+            "max_new_tokens": self.max_new_tokens,
+            "min_new_tokens": self.min_new_tokens,
+            "length_penalty": self.length_penalty,
+            "repetition_penalty": self.repetition_penalty,
+        }
+
+
+@dataclass
+class TextCache:
+    """Keys and values of one conversation: the queries, then `ids`, the text tokens read so far."""
+
+    ids: list[int] = field(default_factory=list)
+    key_values: DynamicCache = field(default_factory=DynamicCache)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        layers = [layer for layer in self.key_values.layers if layer.is_initialized]
+        return sum(part.nbytes for layer in layers for part in (layer.keys, layer.values))
+
+    def keep(self, ids: list[int], num_queries: int) -> int:
+        """Forget all but the beginning shared with `ids`; returns how many positions it still holds."""
+        if not self.ids:
+            return 0
+        shared = 0
+        for old, new in zip(self.ids, ids[:-1], strict=False):  # the last is always read, for its logits
+            if old != new:
+                break
+            shared += 1
+        self.key_values.crop(num_queries + shared)
+        self.ids = self.ids[:shared]
+        return num_queries + shared
+
+
+class Stop(StoppingCriteria):
+    """Ends a beam search after the current token once the event is set."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """All rows stop together."""
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+
+
+@torch.no_grad()
+def decode(
+    model: Blip2,
+    image: ImageFeatures,
+    text: dict[str, Tensor],
+    generation: Generation,
+    cache: TextCache | None = None,
+) -> Iterator[Tensor]:
+    """Greedy or nucleus decoding, a token a time, for one image or for as many as there are prompts.
+
+    Args:
+        model: stage 2.
+        image: features of one image or of B.
+        text: of `Processor.text` (and `Processor.question`), B rows.
+        generation: settings; `num_captions` repeats every row that often.
+        cache: of the turns before, for one row and a decoder-only model; what it shares with the prompt is
+            not read again, and it holds the new turn afterwards, also when the iterator is closed early.
+
+    Yields:
+        int (B * num_captions,), the next token of every row; rows that have ended give padding.
+    """
+    copies = generation.num_captions
+    question = {name: value for name, value in text.items() if name.startswith("qformer_")}
+    ids, mask = (text[name].repeat_interleave(copies, 0) for name in ("input_ids", "attention_mask"))
+    soft = model.language_inputs(None, image, len(text["input_ids"]), question).repeat_interleave(copies, 0)
+    language, config = model.language_model, model.language_model.generation_config
+    ends = torch.tensor(config.eos_token_id, device=ids.device).flatten()
+    pad = config.pad_token_id if config.pad_token_id is not None else int(ends[0])
+    processors = _processors(generation, ends.tolist(), ids.device)
+    generator = None
+    if generation.seed is not None:
+        generator = torch.Generator(ids.device).manual_seed(generation.seed)
+
+    state: dict[str, Any]
+    if model.is_decoder_only:
+        cache = cache if cache is not None and len(ids) == 1 else TextCache()
+        inputs = model.bridge.join(soft, ids, mask)
+        embeds = inputs["inputs_embeds"][:, cache.keep(ids[0].tolist(), soft.shape[1]) :]
+        state = {"inputs_embeds": embeds, "past_key_values": cache.key_values, "logits_to_keep": 1}
+    else:
+        inputs = model.bridge.join(soft, ids, mask)
+        start = torch.full_like(ids[:, :1], config.decoder_start_token_id)
+        state = {"encoder_outputs": language.get_encoder()(**inputs), "decoder_input_ids": start}
+        state["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        cache = TextCache()
+    mask = inputs["attention_mask"]
+
+    said, unread = ids[:, :0], ids[0, len(cache.ids) :].tolist()
+    finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    for _ in range(generation.max_new_tokens):
+        output = language(**state, attention_mask=mask, use_cache=True, return_dict=True)
+        cache.ids += unread
+        scores = processors(said, output.logits[:, -1].float())
+        if generation.method == "nucleus":
+            token = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+        else:
+            token = scores.argmax(-1)
+        token = torch.where(finished, pad, token)
+        finished = finished | torch.isin(token, ends)
+        said = torch.cat([said, token[:, None]], dim=1)
+        yield token
+        if finished.all():
+            return
+        if model.is_decoder_only:
+            state = {"input_ids": token[:, None], "past_key_values": cache.key_values}
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            unread = [int(token[0])]
+        else:
+            state["decoder_input_ids"] = token[:, None]
+
+
+def _processors(generation: Generation, ends: list[int], device: torch.device) -> LogitsProcessorList:
+    """What changes the scores before a token is chosen, in the order transformers applies it."""
+    processors = LogitsProcessorList()
+    if generation.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(generation.repetition_penalty))
+    if generation.min_new_tokens:
+        processors.append(
+            MinNewTokensLengthLogitsProcessor(0, generation.min_new_tokens, ends, device=device)
+        )
+    if generation.method == "nucleus":
+        processors.append(TemperatureLogitsWarper(generation.temperature))
+        processors.append(TopPLogitsWarper(generation.top_p))
+    return processors
+
+
+def generate(
+    model: Blip2,
+    processor: Processor,
+    image: ImageFeatures,
+    prompts: str | list[str],
+    generation: Generation,
+    stop: threading.Event | None = None,
+) -> list[list[str]]:
+    """Answer prompts about one image, or one prompt (or a prompt each) about many.
+
+    Args:
+        model: stage 2.
+        processor: its processor.
+        image: features of one image or of B.
+        prompts: already framed, see `Processor.prompt`.
+        generation: settings.
+        stop: ends decoding within a token once set; what was said until then is returned.
+
+    Returns:
+        For every row, `num_captions` texts.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if len(prompts) == 1:
+        prompts = prompts * len(image)
+    stop = stop or threading.Event()
+    device = image.image_embeds.device
+    tokens = {**processor.text(prompts), **processor.question(prompts)}
+    tokens = {name: value.to(device) for name, value in tokens.items()}
+    if generation.method == "beam":
+        criteria = StoppingCriteriaList([Stop(stop)])
+        new = model.generate(image=image, **tokens, **generation.options(), stopping_criteria=criteria)
+    else:
+        steps = []
+        for token in decode(model, image, tokens, generation):
+            steps.append(token)
+            if stop.is_set():
+                break
+        new = torch.stack(steps, dim=1)
+    texts = processor.decode(new)
+    return [
+        texts[start : start + generation.num_captions]
+        for start in range(0, len(texts), generation.num_captions)
+    ]
