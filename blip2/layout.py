@@ -1,0 +1,396 @@
+"""What lies in a checkpoint folder: reading and writing its config.json, and which names its weights go by.
+
+Three model types are known: transformers' `blip-2` and `instructblip` (the latter for models whose Q-Former
+reads the question too), and our own `blip2-any` for encoders that transformers' BLIP-2 cannot express. Old and
+new revisions of the released repositories differ in names and defaults; the differences are listed here.
+"""
+
+import copy
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import Blip2Config, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from blip2.config import Blip2AnyConfig
+from blip2.presets import PRESETS
+
+VARIANT = (
+    "any"  # weights of `blip2-any` are named apart, so that transformers finds none and refuses the folder
+)
+
+# Old names of parameters, as regular expressions, and the names they have here.
+OLD_NAMES = {r"^vision_proj\.": "vision_projection.", r"^text_proj\.": "text_projection."}
+INSTRUCT_NAMES = {
+    r"^qformer\.embeddings\.layernorm\.": "qformer.layernorm.",
+    r"^qformer\.embeddings\.word_embeddings\.": "embeddings.word_embeddings.",
+    r"^qformer\.embeddings\.position_embeddings\.": "embeddings.position_embeddings.",
+}
+# Entries of old files that no model reads any more: indices that used to be saved as if they were weights.
+LEFTOVERS = re.compile(r"^(qformer\.)?(embeddings\.)?position_ids$")
+# Parameters of stage 1 that the released image-text matching files lack: all or none of them.
+STAGE1_EXTRAS = frozenset(
+    {"temperature", "lm_head.bias"}
+    | {f"lm_head.{module}.{kind}" for module in ("dense", "layer_norm") for kind in ("weight", "bias")}
+)
+
+STAGE1_CLASSES = (
+    "Blip2ForImageTextRetrieval",
+    "Blip2VisionModelWithProjection",
+    "Blip2TextModelWithProjection",
+    "Blip2Representation",
+)
+MODEL_TYPES = ("blip-2", "instructblip", "blip2-any")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, or cannot be found; the message says what to do."""
+
+
+@dataclass
+class Layout:
+    """A checkpoint folder, read but for its weights.
+
+    Attributes:
+        folder: where it lies.
+        config: its configuration, normalized to the current names.
+        stage1: whether it holds a `Blip2Representation`; otherwise it is a `Blip2`.
+        shapes: name and shape of every stored tensor, under the stored names.
+        renames: regular expressions that turn stored names into ours.
+        variant: the middle part of the weight files' names, None for the usual names.
+        notes: sentences about what was read in an unusual way.
+    """
+
+    folder: Path
+    config: Blip2Config
+    stage1: bool
+    shapes: dict[str, tuple[int, ...]]
+    renames: dict[str, str]
+    variant: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers stored, whatever their type; a quantized file stores two 4-bit weights in one."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+def read_layout(folder: Path) -> Layout:
+    """Read and check everything in a folder but the values of the weights.
+
+    Raises:
+        CheckpointError: files are missing or broken, or the configuration contradicts itself.
+    """
+    raw = _read_json(folder / "config.json")
+    variant = VARIANT if raw.get("model_type") == "blip2-any" else None
+    shapes = _read_shapes(folder, variant)
+    config = parse_config(raw, folder)
+    text_raw = raw.get("text_config") or {}
+    untied = text_raw.get("model_type") == "t5" and text_raw.get("tie_word_embeddings") is False
+    if untied and "language_model.shared.weight" in shapes and "language_model.lm_head.weight" not in shapes:
+        raise CheckpointError(
+            f"{folder}: 1 missing key: language_model.lm_head.weight. text_config.tie_word_embeddings is "
+            "false, so the output matrix has to be stored: save the model again, or set it to true"
+        )
+    _check_processor(folder, config)
+    renames = OLD_NAMES | (INSTRUCT_NAMES if raw["model_type"] == "instructblip" else {})
+    stage1 = _is_stage1(raw, shapes, folder)
+    config.architectures = ["Blip2ForImageTextRetrieval" if stage1 else "Blip2ForConditionalGeneration"]
+    return Layout(folder, config, stage1, shapes, renames, variant)
+
+
+def parse_config(raw: dict[str, Any], source: Path | str) -> Blip2Config:
+    """Turn the contents of a config.json, of an old or new revision, into a checked configuration.
+
+    Raises:
+        CheckpointError: an unknown model type, or values that contradict each other.
+    """
+    raw = copy.deepcopy(raw)
+    model_type = raw.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise CheckpointError(
+            f"{source}: model_type {model_type!r} is not one of a BLIP-2 checkpoint: {', '.join(MODEL_TYPES)}"
+        )
+    for part in ("vision_config", "qformer_config", "text_config"):
+        if not isinstance(raw.get(part) or {}, dict):
+            raise CheckpointError(f"{source}: {part} must be an object, not {raw[part]!r}")
+        raw[part] = raw.get(part) or {}
+    qformer, vision, text = raw["qformer_config"], raw["vision_config"], raw["text_config"]
+    for place in (qformer, raw):  # the name in revisions of 2024
+        if "qformer_text_input" in place:
+            qformer.setdefault("use_qformer_text_input", place.pop("qformer_text_input"))
+    if model_type == "instructblip":
+        qformer["use_qformer_text_input"] = True
+    if model_type != "blip2-any":
+        vision["model_type"], qformer["model_type"] = "blip_2_vision_model", "blip_2_qformer"
+    text.setdefault("model_type", "opt")
+    if "auto_map" in text or "auto_map" in vision or "auto_map" in raw:
+        raise CheckpointError(
+            f"{source}: the configuration asks for code of its own (auto_map), which is never run"
+        )
+    explicit = qformer.get("encoder_hidden_size")
+    raw.pop("model_type")
+    try:
+        config = (Blip2AnyConfig if model_type == "blip2-any" else Blip2Config).from_dict(raw)
+    except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: config.json cannot be used: {_one_line(error)}") from error
+    check_config(config, source)
+    if explicit is not None and explicit != config.vision_config.hidden_size:
+        raise CheckpointError(
+            f"{source}: qformer_config.encoder_hidden_size is {explicit} but vision_config.hidden_size is "
+            f"{config.vision_config.hidden_size}: the Q-Former reads what the encoder writes, make them equal"
+        )
+    decoder_only = raw.get("use_decoder_only_language_model")
+    if decoder_only is not None and decoder_only != config.use_decoder_only_language_model:
+        raise CheckpointError(
+            f"{source}: use_decoder_only_language_model is {decoder_only} but text_config describes a "
+            f"{text['model_type']} model: remove the setting or correct text_config"
+        )
+    return config
+
+
+def check_config(config: Blip2Config, source: Path | str = "config") -> None:
+    """Hold a configuration to itself.
+
+    Raises:
+        CheckpointError: the first contradiction found, with the values seen and what to change.
+    """
+    vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
+
+    def get(part: PreTrainedConfig, name: str) -> Any:
+        return getattr(part, name, None)
+
+    def fail(message: str) -> None:
+        raise CheckpointError(f"{source}: {message}")
+
+    for label, part in (("vision_config", vision), ("qformer_config", qformer), ("text_config", text)):
+        if get(part, "model_type") == "t5":
+            continue  # its heads have a width of their own
+        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "intermediate_size"):
+            value = get(part, name)
+            if isinstance(value, int) and value < 1:
+                fail(f"{label}.{name} is {value}, it must be at least 1")
+        size, heads = get(part, "hidden_size"), get(part, "num_attention_heads")
+        if size and heads and size % heads:
+            fail(f"{label}.hidden_size {size} is not divisible by num_attention_heads {heads}")
+        act = get(part, "hidden_act")
+        if isinstance(act, str) and act not in ACT2FN:
+            fail(f"{label}.hidden_act {act!r} is unknown")
+    image, patch = get(vision, "image_size"), get(vision, "patch_size")
+    if isinstance(image, int) and isinstance(patch, int) and (patch < 1 or image < patch or image % patch):
+        fail(f"vision_config.image_size {image} is not a multiple of patch_size {patch}")
+    if config.num_query_tokens < 1:
+        fail(f"num_query_tokens is {config.num_query_tokens}, it must be at least 1")
+    frequency = qformer.cross_attention_frequency
+    if frequency < 1:
+        fail(f"qformer_config.cross_attention_frequency is {frequency}, it must be at least 1")
+
+
+def write_config(
+    config: Blip2Config, stage1: bool, dtype: str, tied_t5: bool | None = None
+) -> dict[str, Any]:
+    """The contents of config.json for a model: transformers' class and type where it can express the model.
+
+    Args:
+        config: the model's configuration.
+        stage1: whether the model is a `Blip2Representation`.
+        dtype: what the model computes in, such as "bfloat16"; written under the old and the new name.
+        tied_t5: for T5, whether the output matrix is the embeddings'; None for other language models.
+    """
+    raw = json.loads(config.to_json_string())
+    for part in ("vision_config", "qformer_config", "text_config"):
+        for name in ("dtype", "torch_dtype", "_name_or_path", "architectures"):
+            raw[part].pop(name, None)
+    name = "Blip2ForImageTextRetrieval" if stage1 else "Blip2ForConditionalGeneration"
+    if config.model_type == "blip2-any":
+        name = "Blip2Representation" if stage1 else "Blip2"
+    elif config.qformer_config.use_qformer_text_input and not stage1:
+        name = "InstructBlipForConditionalGeneration"
+        raw["model_type"] = "instructblip"
+        raw["vision_config"]["model_type"] = "instructblip_vision_model"
+        raw["qformer_config"]["model_type"] = "instructblip_qformer"
+        raw["qformer_config"].pop("use_qformer_text_input")
+    if tied_t5 is not None:
+        # transformers 4 ties exactly when tie_word_embeddings is true, and scales exactly when it ties;
+        # transformers 5 reads the scaling from its own field and ties what is equal.
+        scale = bool(getattr(config.text_config, "scale_decoder_outputs", True))
+        raw["text_config"] |= {"tie_word_embeddings": scale and tied_t5, "scale_decoder_outputs": scale}
+    raw |= {"architectures": [name], "dtype": dtype, "torch_dtype": dtype}
+    raw.pop("_name_or_path", None)
+    return raw
+
+
+def stored_name(name: str, model_type: str) -> str:
+    """Our parameter name -> the one it is stored under in a folder of that model type."""
+    if model_type != "instructblip":
+        return name
+    for pattern, ours in INSTRUCT_NAMES.items():
+        if name.startswith(ours):
+            stored = pattern.removeprefix("^").replace("\\", "")
+            return stored + name.removeprefix(ours)
+    return name
+
+
+def describe(shapes: dict[str, tuple[int, ...]]) -> str:
+    """A sentence on what model a set of weights is of, for use in an error message."""
+    facts: list[str] = []
+    patch = shapes.get("vision_model.embeddings.patch_embedding.weight")
+    position = shapes.get("vision_model.embeddings.position_embedding")
+    image = None
+    if patch and position:
+        image = math.isqrt(position[1] - 1) * patch[-1]
+        facts += [f"image size {image}", f"vision width {patch[0]}"]
+    queries = shapes.get("query_tokens")
+    if queries:
+        facts += [f"{queries[1]} queries of width {queries[2]}"]
+    projection = shapes.get("language_projection.weight")
+    if projection:
+        kind = "an encoder-decoder" if "language_model.shared.weight" in shapes else "a decoder"
+        facts += [f"{kind} language model of width {projection[0]}"]
+    if "itm_head.weight" in shapes:
+        facts += ["an image-text matching head"]
+    family = "t5" if "language_model.shared.weight" in shapes else "opt"
+    for preset in PRESETS.values():
+        width = preset.text_size[0] if preset.text_size else None
+        same = projection and (width, preset.language_model) == (projection[0], family)
+        same = same or (preset.kind == "match" and "itm_head.weight" in shapes)
+        if same and preset.repo_id and preset.image_size == image and patch and patch[0] == 1408:
+            return f"the weights have {', '.join(facts)}: the config.json of {preset.repo_id} would fit"
+    return (
+        f"the weights have {', '.join(facts)}: take the config.json that was saved with them" if facts else ""
+    )
+
+
+def _is_stage1(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> bool:
+    """Which class a folder is of; by its weights where config.json does not say."""
+    if any(name in STAGE1_CLASSES for name in raw.get("architectures") or []):
+        return True
+    if any(name.startswith("language_model.") for name in shapes):
+        return False
+    if "itm_head.weight" in shapes:
+        return True
+    raise CheckpointError(
+        f"{folder}: the weights hold neither a language model nor an image-text matching head, so this is no "
+        "whole BLIP-2 model; `blip2 convert` joins a LAVIS file with the parts it needs"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        hint = ""
+        if (path.parent / "adapter_config.json").is_file():
+            hint = ": this is an adapter, load the model it was trained on and pass this folder as `adapter`"
+        raise CheckpointError(f"{path.parent} holds no {path.name}{hint}")
+    try:
+        contents = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {_one_line(error)}") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(contents).__name__}")
+    return contents
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The weight files of a folder, all shards of the first layout found: safetensors before .bin.
+
+    Raises:
+        CheckpointError: there are none, or a shard that the index names is missing.
+    """
+    middle = f".{variant}" if variant else ""
+    for single, index in (
+        (f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"),
+        (f"pytorch_model{middle}.bin", f"pytorch_model.bin.index{middle}.json"),
+    ):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            names = _read_json(folder / index).get("weight_map")
+            if not isinstance(names, dict) or not names:
+                raise CheckpointError(f"{folder / index} has no weight_map")
+            files = [folder / Path(name).name for name in sorted(set(names.values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise CheckpointError(
+                    f"{folder}: {len(missing)} of {len(files)} weight files are missing: "
+                    f"{', '.join(missing[:5])}; download them again"
+                )
+            return files
+    raise CheckpointError(
+        f"{folder} holds no weights: expected model{middle}.safetensors or its shards and index"
+    )
+
+
+def _read_shapes(folder: Path, variant: str | None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all stored tensors, from the files' headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder, variant):
+        with file.open("rb") as start:
+            pointer = start.read(24)
+        if pointer.startswith(b"version https://git-lfs"):
+            raise CheckpointError(
+                f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in {folder}"
+            )
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118 - not a dict
+                        shapes[name] = tuple(tensors.get_slice(name).get_shape())
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{file} is damaged or cut off ({_one_line(error)}): fetch it again"
+                ) from error
+        else:
+            shapes |= {name: tuple(tensor.shape) for name, tensor in read_pickle(file, meta=True).items()}
+    return shapes
+
+
+def read_pickle(file: Path, meta: bool = False) -> dict[str, Any]:
+    """Read a .bin or .pth of tensors without running any code that it may hold.
+
+    Args:
+        file: what to read.
+        meta: shapes only.
+
+    Raises:
+        CheckpointError: it is damaged, or holds more than tensors and plain containers.
+    """
+    try:
+        contents = torch.load(file, map_location="meta" if meta else "cpu", weights_only=True, mmap=None)
+    except Exception as error:  # torch names no common class for what a damaged or hostile file raises
+        words = str(error)
+        if (
+            "weights_only" in words.lower()
+            or "Unsupported global" in words
+            or "unsupported operand" in words.lower()
+        ):
+            raise CheckpointError(
+                f"{file} holds Python objects beside tensors; they could run code, so it is not read. "
+                "Get the weights as safetensors, or a file that torch.load(weights_only=True) reads"
+            ) from error
+        raise CheckpointError(f"{file} is damaged or no PyTorch file: {_one_line(error)}") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{file} must hold a dict of tensors, not {type(contents).__name__}")
+    return contents
+
+
+def _check_processor(folder: Path, config: Blip2Config) -> None:
+    """Hold the number of queries that the processor writes into prompts to the model's."""
+    path = folder / "processor_config.json"
+    count = _read_json(path).get("num_query_tokens") if path.is_file() else None
+    if count is not None and count != config.num_query_tokens:
+        raise CheckpointError(
+            f"{folder}: processor_config.json says num_query_tokens {count}, config.json says "
+            f"{config.num_query_tokens}: make them equal"
+        )
+
+
+def _one_line(error: BaseException) -> str:
+    """An exception's message as part of a sentence."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

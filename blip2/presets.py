@@ -1,0 +1,244 @@
+"""The checkpoints one can name: the released ones with size, memory and licence, and the embedded ones.
+
+Numbers are of the weights alone: activations, the key-value cache and the processor come on top.
+"""
+
+import difflib
+import json
+import math
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from transformers import Blip2Config
+
+PRECISIONS = ("float32", "bfloat16", "float16", "int8", "nf4")
+ORGANIZATION = "Salesforce"
+
+EVA = "The image encoder (EVA-CLIP ViT-g/14) and Salesforce's weights are MIT."
+OPT_LICENSE = f"OPT weights: Meta's OPT license, non-commercial research only. {EVA}"
+T5_LICENSE = f"Flan-T5 weights: Apache-2.0. {EVA}"
+MATCH_LICENSE = f"BERT weights: Apache-2.0. {EVA}"
+SCENES_LICENSE = "Apache-2.0, trained by this repository on drawn scenes."
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One checkpoint.
+
+    Attributes:
+        name: how it is asked for.
+        repo_id: where it lies on the Hub; None for an embedded one.
+        kind: "generate" (captions, answers, chat) or "match" (image-text scores).
+        parameters: of the whole model.
+        quantizable: weights that int8 and nf4 shrink; the rest stays in 16 bits.
+        kept: weights that float16 keeps in float32 (Q-Former, queries, T5's `wo`).
+        image_size: pixels a side.
+        language_model: "opt", "t5", or "bert" where the Q-Former itself reads the text.
+        text_size: (width, feed-forward width, layers, heads) of the language model.
+        license: what may be done with it.
+        prompt: the frame it expects around a caption request (coco models were tuned on one).
+    """
+
+    name: str
+    repo_id: str | None
+    kind: Literal["generate", "match"]
+    parameters: int
+    quantizable: int
+    kept: int
+    image_size: int
+    language_model: Literal["opt", "t5", "bert"]
+    text_size: tuple[int, int, int, int] | None
+    license: str
+    prompt: str = ""
+
+    @property
+    def download_bytes(self) -> int:
+        """What has to be downloaded: the releases are stored in float32. 0 for an embedded checkpoint."""
+        return 4 * self.parameters if self.repo_id else 0
+
+    def memory(self, precision: str) -> int:
+        """Bytes the weights take in memory.
+
+        Raises:
+            ValueError: an unknown precision.
+        """
+        return memory(self.parameters, self.quantizable, self.kept, precision)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where an embedded checkpoint lies; None for a released one."""
+        return None if self.repo_id else Path(str(resources.files("blip2") / "assets" / self.name))
+
+    def config(self) -> Blip2Config:
+        """The full-size configuration of a released checkpoint, as its Hub repository states it."""
+        if self.repo_id is None:
+            raise ValueError(f"{self.name} is embedded: read {self.folder}/config.json")
+        qformer: dict = {"use_qformer_text_input": True, "vocab_size": 30523} if self.kind == "match" else {}
+        text: dict = {"model_type": "opt"}  # unused where the Q-Former itself reads the text
+        if self.text_size is not None:
+            text = OPT_TEXT | dict(zip(OPT_SIZES, self.text_size, strict=True))
+            text["word_embed_proj_dim"] = text["hidden_size"]
+            if self.language_model == "t5":
+                text = T5_TEXT | dict(zip(T5_SIZES, self.text_size, strict=True))
+        return Blip2Config(
+            vision_config={"image_size": self.image_size},
+            qformer_config=qformer,
+            text_config=text,
+            image_token_index={"opt": 50265, "t5": 32100, "bert": 30523}[self.language_model],
+        )
+
+
+OPT_SIZES = ("hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads")
+T5_SIZES = ("d_model", "d_ff", "num_layers", "num_heads")
+OPT_TEXT = {"model_type": "opt", "vocab_size": 50304, "eos_token_id": 50118}
+T5_TEXT = {
+    "model_type": "t5",
+    "vocab_size": 32128,
+    "d_kv": 64,
+    "feed_forward_proj": "gated-gelu",
+    "dense_act_fn": "gelu",  # LAVIS runs Flan-T5 with the exact GELU, and the releases were trained so
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+
+
+def memory(parameters: int, quantizable: int, kept: int, precision: str) -> int:
+    """Bytes that the weights of a model take: see `Preset` for the arguments.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+    if precision == "float32":
+        return 4 * parameters
+    if precision == "float16":
+        return 2 * parameters + 2 * kept
+    shrunk = {"bfloat16": 2.0, "int8": 1.0, "nf4": 0.516}[
+        precision
+    ]  # nf4: 4 bits and a doubly quantized scale a block
+    return int(2 * (parameters - quantizable) + shrunk * quantizable)
+
+
+def _released() -> list[Preset]:
+    tower = 39 * (4 * 1408**2 + 2 * 1408 * 6144)  # the linear layers of 39 blocks, without biases
+    bigger_image = (26**2 - 16**2) * 1408  # position embeddings of 364 instead of 224 pixels
+    qformer = 105_137_664 + 24_576  # with the query tokens
+    opt27 = (2560, 10240, 32, 32)
+    opt67 = (4096, 16384, 32, 32)
+    xl, xxl = (2048, 5120, 24, 32), (4096, 10240, 24, 64)
+
+    def opt(name: str, parameters: int, size: tuple[int, int, int, int], coco: bool) -> Preset:
+        width, ffn, layers, _ = size
+        quantizable = tower + layers * (4 * width**2 + 2 * width * ffn)
+        return Preset(
+            name,
+            f"{ORGANIZATION}/{name}",
+            "generate",
+            parameters + coco * bigger_image,
+            quantizable,
+            qformer,
+            364 if coco else 224,
+            "opt",
+            size,
+            OPT_LICENSE,
+            "a photo of" if coco else "",
+        )
+
+    def t5(name: str, parameters: int, size: tuple[int, int, int, int], coco: bool) -> Preset:
+        width, ffn, layers, heads = size
+        attention, wide = 4 * width * 64 * heads, 2 * width * ffn
+        quantizable = tower + layers * (3 * attention + 2 * wide)
+        return Preset(
+            name,
+            f"{ORGANIZATION}/{name}",
+            "generate",
+            parameters + coco * bigger_image,
+            quantizable,
+            qformer + 2 * layers * width * ffn,
+            364 if coco else 224,
+            "t5",
+            size,
+            T5_LICENSE,
+            "a photo of" if coco else "",
+        )
+
+    def match(name: str, coco: bool) -> Preset:
+        kept = 161_825_280 + 24_576
+        parameters = 1_172_032_258 + coco * bigger_image
+        size = 364 if coco else 224
+        return Preset(
+            name,
+            f"{ORGANIZATION}/{name}",
+            "match",
+            parameters,
+            tower,
+            kept,
+            size,
+            "bert",
+            None,
+            MATCH_LICENSE,
+        )
+
+    return [
+        opt("blip2-opt-2.7b", 3_744_761_856, opt27, False),
+        opt("blip2-opt-6.7b", 7_752_869_376, opt67, False),
+        opt("blip2-opt-2.7b-coco", 3_744_761_856, opt27, True),
+        opt("blip2-opt-6.7b-coco", 7_752_869_376, opt67, True),
+        t5("blip2-flan-t5-xl", 3_942_446_592, xl, False),
+        t5("blip2-flan-t5-xl-coco", 3_942_446_592, xl, True),
+        t5("blip2-flan-t5-xxl", 12_229_596_672, xxl, False),
+        match("blip2-itm-vit-g", False),
+        match("blip2-itm-vit-g-coco", True),
+    ]
+
+
+def _embedded(name: str, kind: Literal["generate", "match"], family: Literal["opt", "t5", "bert"]) -> Preset:
+    preset = Preset(name, None, kind, 0, 0, 0, 64, family, None, SCENES_LICENSE)
+    weights = preset.folder / "model.safetensors" if preset.folder else None
+    if weights is None or not weights.is_file():
+        return preset
+    with weights.open("rb") as file:  # the header alone: 8 bytes of length, then JSON
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__", None)
+    return replace(preset, parameters=sum(math.prod(tensor["shape"]) for tensor in header.values()))
+
+
+EMBEDDED = ("scenes-itm", "scenes-opt", "scenes-flan-t5")
+DEFAULT = "scenes-opt"
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in [
+        _embedded("scenes-opt", "generate", "opt"),
+        _embedded("scenes-flan-t5", "generate", "t5"),
+        _embedded("scenes-itm", "match", "bert"),
+        *_released(),
+    ]
+}
+
+
+def resolve(name: str) -> Preset:
+    """The preset of that name, with or without the organization in front; case does not matter.
+
+    Raises:
+        ValueError: no such preset; the message holds the nearest names.
+    """
+    wanted = name.strip().lower().removeprefix(f"{ORGANIZATION.lower()}/")
+    for preset in PRESETS.values():
+        if wanted == preset.name:
+            return preset
+    raise ValueError(f"unknown model {name!r}. {suggestions(name)}")
+
+
+def suggestions(name: str) -> str:
+    """One sentence with the names nearest to `name`, or all of them."""
+    bare = name.strip().lower().rpartition("/")[2]
+    close = difflib.get_close_matches(bare, PRESETS, n=3, cutoff=0.5)
+    if not close:
+        close = [preset for preset in PRESETS if bare and bare in preset]
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    return f"Known models: {', '.join(PRESETS)}; a folder or a Hub id (owner/name) will do as well."
