@@ -19,7 +19,7 @@ LAYERS = [
     {"devices", "fetch", "generation", "config"},
     {"base", "vision", "qformer", "language"},
     {"representation", "model"},
-    {"images", "processing", "checkpoint", "convert", "presets"},
+    {"images", "processing", "checkpoint", "layout", "saving", "convert", "presets"},
     {"chat", "explain"},
     {"bulk", "server"},
     {"cli", "ui", "__main__"},

@@ -1,6 +1,6 @@
 """README and CONTRIBUTING keep their word: targets, commands, flags, files, links exist; marked blocks run.
 
-A code block right after `<!-- run -->` is executed from the repository root; in shell blocks `blip2` stands for
+A code block right after `<!-- run -->` is executed from the repository root; in shell blocks `blip2` is
 `python -m blip2` of the Python that runs the tests.
 """
 
