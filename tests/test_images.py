@@ -5,11 +5,12 @@ import os
 import random
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
 import blip2.images
@@ -66,8 +67,10 @@ def test_result_is_independent_of_the_source():
     assert np.array_equal(pixels(source), before)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "GIF", "JPEG", "WEBP"])
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "GIF", "JPEG", "MPO", "WEBP", "AVIF"])
 def test_file_formats(kind):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
     assert np.abs(pixels(open_image(encode(photo(), kind))) - pixels(photo())).mean() < 15
 
 
@@ -97,6 +100,16 @@ def test_a_refused_url_is_an_image_error(monkeypatch):
 def test_other_schemes_are_refused(url, allow_url):
     with pytest.raises(ImageError, match="addresses are not read"):
         open_image(url, allow_url=allow_url)
+
+
+def test_the_example_photographs_are_small_and_credited():
+    folder = Path(__file__).parent.parent / "examples"
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    photos = sorted((folder / "photos").iterdir())
+    assert len(photos) >= 3
+    for path in photos:
+        assert max(open_image(path).size) <= 512 and path.stat().st_size <= 80_000
+        assert f"`photos/{path.name}`" in readme
 
 
 # -- modes
