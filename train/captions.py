@@ -1,0 +1,132 @@
+"""Captions as the tensors each objective trains on, and loaders that draw them.
+
+Legend: B captions, T tokens. Everything random comes from the generator passed in.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from train import distributed
+from train.loader import Batch, IndexLoader
+from train.recipes import Scenes
+
+Tokenize = Callable[[Sequence[str], np.random.Generator], dict[str, Tensor]]
+
+
+def representation_tokens(
+    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int = 32
+) -> dict[str, Tensor]:
+    """Stage 1: [CLS] caption [SEP], padded to `max_length`, so that every process holds the same T.
+
+    Returns:
+        input_ids and attention_mask: int (B, max_length).
+    """
+    tokens = tokenizer(
+        list(captions), padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
+    )
+    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+
+def decoder_tokens(
+    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int = 32
+) -> dict[str, Tensor]:
+    r"""Stage 2 with a decoder: </s> caption "\n", padded on the right.
+
+    The line break ends a caption. It is appended before the text is cut, as in LAVIS, so a cut caption does
+    not teach the model to end there. The label of </s> counts: the last query learns to predict it.
+
+    Returns:
+        input_ids and attention_mask: int (B, T); labels: int (B, T), -100 on padding.
+    """
+    tokens = tokenizer(
+        [caption + "\n" for caption in captions],
+        padding=True,
+        padding_side="right",  # left is for generating
+        truncation=True,
+        max_length=max_length,
+        return_tensors="pt",
+    )
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def prefix_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    captions: Sequence[str],
+    generator: np.random.Generator,
+    max_length: int = 32,
+) -> dict[str, Tensor]:
+    """Stage 2 with an encoder-decoder: the prefix of a caption for the encoder, the rest for the decoder.
+
+    The split is drawn between position 1 and the middle of the caption, as the authors describe it (LAVIS
+    issue 139; its unit is unstated, here tokens). A caption of a single token goes to the decoder whole.
+
+    Returns:
+        input_ids and attention_mask: int (B, T), prefix </s>; labels: int (B, T'), suffix </s>, -100 on
+        padding.
+    """
+    prefixes: list[Tensor] = []
+    suffixes: list[Tensor] = []
+    for caption in captions:
+        ids = tokenizer(caption, add_special_tokens=False)["input_ids"]
+        split = int(generator.integers(1, len(ids) // 2, endpoint=True)) if len(ids) > 1 else 0
+        for part, into in ((ids[:split], prefixes), (ids[split:], suffixes)):
+            into.append(torch.tensor([*part[: max_length - 1], tokenizer.eos_token_id]))
+
+    def pad(rows: list[Tensor], value: int) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    return {
+        "input_ids": pad(prefixes, tokenizer.pad_token_id),
+        "attention_mask": pad([torch.ones_like(row) for row in prefixes], 0),
+        "labels": pad(suffixes, -100),
+    }
+
+
+def tokenize_for(tokenizer: PreTrainedTokenizerBase, family: str, max_length: int) -> Tokenize:
+    """The function above that a model's family ("bert", "opt" or "t5", as its `Processor` says) trains on."""
+    if family == "bert":
+        return lambda captions, generator: representation_tokens(tokenizer, captions, max_length)
+    if family == "opt":
+        return lambda captions, generator: decoder_tokens(tokenizer, captions, max_length)
+    return lambda captions, generator: prefix_tokens(tokenizer, captions, generator, max_length)
+
+
+def scenes_loader(
+    scenes: Scenes, tokenize: Tokenize, batch_size: int, *, seed: int = 0, split: str = "train"
+) -> IndexLoader:
+    """Drawn scenes, each with one caption drawn anew every time it comes up.
+
+    Args:
+        scenes: how many, how large.
+        tokenize: of `tokenize_for`.
+        batch_size: over all processes.
+        seed: of order and captions.
+        split: "train" or "validation".
+    """
+    from train.scenes.encoder import normalize
+    from train.scenes.text import caption
+    from train.scenes.world import render, sample
+
+    def fetch(indices: list[int], generator: np.random.Generator) -> Batch:
+        drawn = [sample(index, split) for index in indices]
+        words = random.Random(int(generator.integers(2**63)))
+        pixels = np.stack([render(scene, scenes.image_size) for scene in drawn])
+        return {
+            "pixel_values": normalize(torch.from_numpy(pixels)),
+            **tokenize([caption(scene, words) for scene in drawn], generator),
+            "keys": [f"{split}/{index}" for index in indices],
+        }
+
+    number = scenes.num_scenes if split == "train" else scenes.num_validation
+    world = distributed.world_size()
+    return IndexLoader(
+        number, batch_size // world, fetch, seed=seed, rank=distributed.rank(), world_size=world
+    )

@@ -1,0 +1,303 @@
+"""Pre-training, both stages: the objectives, the models they start from, and the command.
+
+    python -m train.pretrain scenes-stage1 --max-minutes 40
+    torchrun --nproc-per-node 8 -m train.pretrain stage1-vitg
+
+The same command goes on where a stopped run left off. Stage 1 is Sec. 3.2 of the paper, stage 2 Sec. 3.3.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    Blip2Config,
+    Blip2VisionConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from blip2 import checkpoint
+from blip2.model import Blip2
+from blip2.processing import Family, Processor
+from blip2.qformer import QFormer
+from blip2.representation import Blip2Representation
+from train import distributed
+from train.captions import scenes_loader, tokenize_for
+from train.engine import NonFiniteError, Result, fit, make_accelerator
+from train.loader import Batch, Loader
+from train.recipes import RECIPES, Recipe, RecipeError, Scenes
+from train.state import StateError
+
+# --- objectives ---
+
+
+def _image_embeds(model: Blip2Representation | Blip2, batch: Batch) -> Tensor:
+    """image_embeds (B, P, V), from pixels or from `image_hidden`, the frozen encoder's cached output."""
+    if "image_hidden" in batch:
+        norm = model.vision_model.post_layernorm  # not frozen, hence not cached
+        return norm(batch["image_hidden"].to(norm.weight.dtype))
+    return model.image_embeds(batch["pixel_values"])
+
+
+class Stage1(nn.Module):
+    """Vision-language representation learning: ITC + ITM + ITG on the global batch; the encoder is frozen."""
+
+    def __init__(self, model: Blip2Representation):
+        super().__init__()
+        self.model = model
+        model.freeze_vision()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Losses on pixel_values or image_hidden, input_ids and attention_mask of `representation_tokens`."""
+        losses = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            image_embeds=_image_embeds(self.model, batch),
+            gather=distributed.gather,
+            gather_with_grad=distributed.gather_with_grad if distributed.is_distributed() else None,
+            rank=distributed.rank(),
+        )
+        return {**losses, "temperature": self.model.temperature}
+
+
+class Stage2(nn.Module):
+    """Vision-to-language generative learning: the frozen language model's loss on captions after the queries."""
+
+    def __init__(self, model: Blip2):
+        super().__init__()
+        self.model = model
+        model.freeze_vision()
+        model.freeze_language()
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Loss on pixel_values or image_hidden, and the tokens of `decoder_tokens` or `prefix_tokens`."""
+        output = self.model(
+            image=self.model.read_image(_image_embeds(self.model, batch)),
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=batch["labels"],
+            check_image_tokens=False,
+        )
+        return {"loss_lm": output.loss}
+
+
+# --- models to start from ---
+
+
+def new_representation(
+    recipe: Recipe, vision: Path, tokenizer: PreTrainedTokenizerBase
+) -> Blip2Representation:
+    """A stage-1 model with random weights around a pretrained image encoder.
+
+    Args:
+        recipe: gives the Q-Former's sizes.
+        vision: folder with the encoder's config.json and model.safetensors, named as `VisionTransformer`'s.
+        tokenizer: BERT-like; its bos token is [DEC], the last row of the embedding table.
+    """
+    sizes = dataclasses.asdict(recipe.qformer)
+    num_query_tokens, projection = sizes.pop("num_query_tokens"), sizes.pop("image_text_hidden_size")
+    dropout = sizes.pop("dropout")
+    vision_config = Blip2VisionConfig.from_json_file(vision / "config.json")
+    start: Any = tokenizer.bos_token_id
+    if start is None:
+        raise RecipeError(f"{recipe.tokenizer}: the tokenizer has no bos token; stage 1 wants [DEC] as one")
+    config = Blip2Config(
+        vision_config=vision_config.to_dict(),
+        qformer_config={
+            **sizes,
+            "hidden_dropout_prob": dropout,
+            "attention_probs_dropout_prob": dropout,
+            "encoder_hidden_size": vision_config.hidden_size,
+            "vocab_size": start + 1,
+            "pad_token_id": tokenizer.pad_token_id,
+            "use_qformer_text_input": True,
+        },
+        num_query_tokens=num_query_tokens,
+        image_text_hidden_size=projection,
+        image_token_index=tokenizer.get_vocab().get("<image>"),
+    )
+    config.decoder_start_token_id = start
+    model = Blip2Representation(config)
+    weights = load_file(vision / "model.safetensors")
+    model.vision_model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    return model
+
+
+def attach_language_model(
+    representation: Blip2Representation, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> Blip2:
+    """A stage-2 model: image encoder, queries and query path of stage 1, a fresh projection, and the given
+    LLM.
+
+    Stage 1's text half and heads are dropped. A decoder gets the line break as its end token, as its captions
+    end so.
+    """
+    text: Any = language_model.config
+    if not text.is_encoder_decoder:
+        (newline,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        text.eos_token_id = newline
+        if language_model.generation_config is not None:
+            language_model.generation_config.eos_token_id = newline
+    old: Any = representation.config
+    config: Any = type(old)(
+        vision_config=old.vision_config.to_dict(),
+        qformer_config={**old.qformer_config.to_dict(), "use_qformer_text_input": False},
+        text_config=text.to_dict(),
+        num_query_tokens=old.num_query_tokens,
+        image_token_index=tokenizer.get_vocab().get("<image>"),
+    )
+    with torch.device("meta"):  # the language model is large, and every part is replaced
+        model = Blip2(config)
+    model.vision_model, model.query_tokens = representation.vision_model, representation.query_tokens
+    model.qformer = QFormer(config.qformer_config)
+    trained = representation.qformer.state_dict()
+    model.qformer.load_state_dict({name: trained[name] for name in model.qformer.state_dict()})
+    model.language_projection = nn.Linear(config.qformer_config.hidden_size, text.hidden_size)
+    model.language_model = language_model
+    return model
+
+
+def start(recipe: Recipe) -> tuple[nn.Module, Processor]:
+    """The objective of a recipe over the model it starts from, and the processor that is saved with the
+    model.
+
+    Raises:
+        RecipeError: what the recipe starts from does not fit it.
+    """
+    if recipe.stage == 1:
+        if recipe.bert is not None:
+            raise RecipeError("starting the Q-Former from BERT is not in this version; pass --bert None")
+        if recipe.tokenizer is None:
+            from train.scenes.text import build_tokenizer
+
+            tokenizer: Any = build_tokenizer("bert")
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+        representation = new_representation(recipe, Path(recipe.start), tokenizer)
+        return Stage1(representation), _processor(representation, tokenizer, "bert")
+
+    loaded = checkpoint.load(recipe.start, precision="float32", device="cpu")
+    if not isinstance(loaded.model, Blip2Representation):
+        raise RecipeError(f"{recipe.start} is no stage-1 model; stage 2 starts from one")
+    assert recipe.language_model is not None
+    tokenizer = AutoTokenizer.from_pretrained(recipe.language_model)
+    encodes = AutoConfig.from_pretrained(recipe.language_model).is_encoder_decoder
+    family = AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM
+    language_model = family.from_pretrained(recipe.language_model, dtype=torch.float32)
+    model = attach_language_model(loaded.model, language_model, tokenizer)
+    return Stage2(model), _processor(model, tokenizer, "t5" if encodes else "opt")
+
+
+def _processor(
+    model: Blip2Representation | Blip2, tokenizer: PreTrainedTokenizerBase, family: Family
+) -> Processor:
+    config: Any = model.config
+    size, queries = config.vision_config.image_size, config.num_query_tokens
+    return Processor(tokenizer, family=family, image_size=size, num_query_tokens=queries)
+
+
+# --- the command ---
+
+
+def mean_losses(
+    make_loader: Callable[[], Loader], batches: int, seed: int = 0
+) -> Callable[[nn.Module], dict[str, float]]:
+    """An evaluation for `fit`: the objective's values, averaged over the same batches every time.
+
+    Args:
+        make_loader: gives the validation loader, from its start.
+        batches: how many to take.
+        seed: of what the losses draw themselves, such as hard negatives.
+    """
+
+    def evaluate(objective: nn.Module) -> dict[str, float]:
+        distributed.seed_everything(seed)
+        device = next(objective.parameters()).device
+        rows = []
+        for batch in itertools.islice(make_loader(), batches):
+            outputs = objective({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+            rows.append({name: value.item() for name, value in outputs.items()})
+        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+    return evaluate
+
+
+def run(recipe: Recipe, name: str = "custom") -> Result:
+    """Train a recipe, or go on with it, and save the finished model in `recipe.output`/model.
+
+    Raises:
+        RecipeError: something is missing or does not fit; nothing has been trained or written.
+        StateError: the output folder belongs to another run.
+        NonFiniteError: a loss was not finite.
+    """
+    if lacking := recipe.missing():
+        raise RecipeError(f"{name} cannot start; it lacks\n" + "\n".join(f"  - {line}" for line in lacking))
+    assert isinstance(recipe.data, Scenes)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    output = Path(recipe.output)
+    accelerator = make_accelerator(
+        recipe.fit.precision, log_with=list(recipe.fit.trackers), project_dir=output
+    )
+    if recipe.batch_size % distributed.world_size():
+        raise RecipeError(
+            f"batch_size {recipe.batch_size} is no multiple of the {distributed.world_size()} processes"
+        )
+    distributed.seed_everything(recipe.fit.seed)  # of new weights; DDP sends rank 0's to all
+    objective, processor = start(recipe)
+    scenes, size = recipe.data, recipe.batch_size
+    tokenize = tokenize_for(processor.tokenizer, processor.family, recipe.max_text_length)
+    evaluate = mean_losses(
+        lambda: scenes_loader(scenes, tokenize, size, split="validation"), scenes.num_validation // size
+    )
+    result = fit(
+        objective,
+        scenes_loader(scenes, tokenize, size, seed=recipe.fit.seed),
+        recipe.fit,
+        output,
+        run={"recipe": name, **dataclasses.asdict(recipe)},
+        evaluate=evaluate,
+        accelerator=accelerator,
+    )
+    if result.finished and distributed.rank() == 0:
+        model: Any = objective.model
+        checkpoint.save(model.cpu().eval(), processor, output / "model")
+        print(f"saved {output / 'model'}", flush=True)
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 0: trained, or stopped by a signal; 1: training failed; 2: it could not start."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    choices = {name: (make.__doc__ or "", make()) for name, make in RECIPES.items()}
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
+    recipe = tyro.extras.overridable_config_cli(
+        choices, prog="python -m train.pretrain", args=arguments, config=flat
+    )
+    try:
+        run(recipe, arguments[0])
+    except (RecipeError, StateError, checkpoint.CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""Runs as Python values: the paper's pre-training of both stages, and the drawn world's.
+
+A recipe says what a run starts from, what it reads and how it is optimized. `python -m train.pretrain RECIPE`
+starts it; every field can be overridden on the command line; the resolved recipe is written beside the run's
+results.
+
+Sources beside numbers: [P] the paper (arXiv 2301.12597v3); [A] its authors in the reference code's issue 243;
+[C] that code; ours: nobody published it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from train.engine import FitConfig
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot run: something it names is not there, or two of its numbers do not go together."""
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """Sizes of a Q-Former; the defaults are BERT-base's with 32 queries [P 3.1]."""
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    cross_attention_frequency: int = 2
+    """Cross-attention on every n-th layer, from the first."""
+    num_query_tokens: int = 32
+    image_text_hidden_size: int = 256
+    """Width of the contrastive space [C]."""
+    dropout: float = 0.1
+    """Of hidden states and attention, in training [C]."""
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Drawn scenes with captions, made on the fly; no question is ever among them."""
+
+    num_scenes: int = 200_000
+    """Training scenes; a new caption is drawn each time one comes up."""
+    num_validation: int = 500
+    """Held-out scenes, on which the evaluation takes the losses."""
+    image_size: int = 64
+    """Pixels."""
+
+    def missing(self) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Folders of image-text tar shards, mixed by weight."""
+
+    weights: Mapping[str, float]
+    """Folder to its share of the samples."""
+
+    def missing(self) -> list[str]:
+        empty = [folder for folder in self.weights if not any(Path(folder).glob("**/*.tar"))]
+        return [
+            *(f"image-text shards: no .tar file in {folder}" for folder in empty),
+            "a reader of image-text shards: this version trains on drawn scenes only",
+        ]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run of one pre-training stage."""
+
+    stage: Literal[1, 2]
+    start: str
+    """Stage 1: folder of a pretrained image encoder. Stage 2: folder of a finished stage-1 model."""
+    data: Scenes | Shards
+    batch_size: int
+    """Image-text pairs a step, over all processes."""
+    fit: FitConfig
+    output: str
+    """Run folder: config.json, log.jsonl, states/, and model/ in the end."""
+    tokenizer: str | None = None
+    """Stage 1: folder of the Q-Former's word pieces; None takes the drawn world's."""
+    bert: str | None = None
+    """Stage 1: folder of the BERT that the Q-Former starts from; None starts from random weights."""
+    language_model: str | None = None
+    """Stage 2: folder of the frozen language model and its tokenizer."""
+    max_text_length: int = 32
+    """Tokens of a caption; longer ones are cut [C]."""
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    """Stage 1 only: stage 2 takes over what stage 1 trained."""
+    threads: int | None = None
+    """CPU threads of each process; None leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        if self.stage == 2 and self.language_model is None:
+            raise RecipeError("stage 2 needs a language_model; none is named")
+        if self.batch_size < 2:
+            raise RecipeError(f"batch_size is {self.batch_size}; ITC and ITM compare at least 2 pairs")
+
+    def missing(self) -> list[str]:
+        """What the run needs and does not find, one line each."""
+        what = "a pretrained image encoder" if self.stage == 1 else "a finished stage-1 model"
+        named = [
+            (what, self.start),
+            ("a tokenizer", self.tokenizer),
+            ("BERT weights", self.bert),
+            ("a language model", self.language_model),
+        ]
+        lacking = [
+            f"{what}: {path} has no config.json" for what, path in named if path and not _complete(path)
+        ]
+        return lacking + self.data.missing()
+
+
+def _filled(folder: str) -> bool:
+    names = {path.suffix for path in Path(folder).glob("*")}
+    return ".json" in names and (".safetensors" in names or (Path(folder) / "tokenizer_config.json").exists())
+
+
+# Images of COCO, Visual Genome, SBU, CC3M, CC12M and a part of LAION-400M, 129 M in all [P 3.4]. The mixing
+# ratios were never published; these are the numbers of images.
+WEB_IMAGES = Shards(
+    {
+        "data/coco": 0.113e6,
+        "data/visual-genome": 0.1e6,
+        "data/sbu": 0.86e6,
+        "data/cc3m": 3e6,
+        "data/cc12m": 10e6,
+        "data/laion-115m": 115e6,
+    }
+)
+
+
+def _paper_stage1(encoder: str, batch_size: int) -> Recipe:
+    return Recipe(
+        stage=1,
+        start=f"weights/{encoder}",
+        tokenizer="weights/bert-base-uncased",
+        bert="weights/bert-base-uncased",  # [P 3.1]
+        data=WEB_IMAGES,
+        batch_size=batch_size,
+        fit=FitConfig(
+            steps=250_000,  # [P 3.4]
+            learning_rate=1e-4,  # [P 3.4]
+            min_learning_rate=1e-5,  # [A]; the paper gives a floor for stage 2 only
+            warmup_steps=2_000,  # [P 3.4]; the public configuration warms up for 5,000 [C]
+            weight_decay=0.05,  # [P 3.4]
+            betas=(0.9, 0.98),  # [P 3.4]; the public configuration leaves 0.999 [C]
+        ),
+        output=f"runs/stage1-{encoder}",
+    )
+
+
+def stage1_vitg() -> Recipe:
+    """Stage 1 with EVA-CLIP ViT-g/14, as in the paper."""
+    return _paper_stage1("vitg", batch_size=1680)  # [P 3.4]
+
+
+def stage1_vitl() -> Recipe:
+    """Stage 1 with CLIP ViT-L/14, as in the paper."""
+    return _paper_stage1("vitl", batch_size=2320)  # [P 3.4]
+
+
+def _paper_stage2(language_model: str, batch_size: int) -> Recipe:
+    return Recipe(
+        stage=2,
+        start="runs/stage1-vitg/model",
+        language_model=f"weights/{language_model}",
+        data=WEB_IMAGES,
+        batch_size=batch_size,
+        fit=FitConfig(
+            steps=80_000,  # [P 3.4]
+            learning_rate=1e-4,  # [P 3.4]
+            min_learning_rate=5e-5,  # [P 3.4]; the public configuration ends at 1e-5 [C]
+            warmup_steps=2_000,  # [P 3.4]
+            weight_decay=0.05,  # [P 3.4]
+            betas=(0.9, 0.98),  # [P 3.4]
+        ),
+        output=f"runs/stage2-{language_model}",
+    )
+
+
+def stage2_opt_2_7b() -> Recipe:
+    """Stage 2 with ViT-g and OPT-2.7B, as in the paper."""
+    return _paper_stage2("opt-2.7b", batch_size=1920)  # [P 3.4]
+
+
+def stage2_opt_6_7b() -> Recipe:
+    """Stage 2 with ViT-g and OPT-6.7B, as in the paper."""
+    return _paper_stage2("opt-6.7b", batch_size=1920)  # [P 3.4]
+
+
+def stage2_flan_t5_xl() -> Recipe:
+    """Stage 2 with ViT-g and Flan-T5-XL, as in the paper."""
+    return _paper_stage2("flan-t5-xl", batch_size=1520)  # [P 3.4]
+
+
+def stage2_flan_t5_xxl() -> Recipe:
+    """Stage 2 with ViT-g and Flan-T5-XXL, as in the paper."""
+    return _paper_stage2("flan-t5-xxl", batch_size=1520)  # [P 3.4]
+
+
+def scenes_stage1() -> Recipe:
+    """Stage 1 of the drawn world, on one CPU core."""
+    return Recipe(
+        stage=1,
+        start="runs/scenes/encoder",
+        data=Scenes(),
+        batch_size=96,
+        max_text_length=16,  # the longest caption has 14 tokens
+        qformer=QFormerConfig(
+            hidden_size=192,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            intermediate_size=576,
+            image_text_hidden_size=96,
+        ),
+        fit=FitConfig(
+            steps=2_000,
+            learning_rate=8e-4,
+            min_learning_rate=2e-5,
+            warmup_steps=100,
+            clip_norm=1.0,
+            max_minutes=40,
+            log_every=20,
+            eval_every=200,
+            save_every=200,
+        ),
+        output="runs/scenes/stage1",
+        threads=1,
+    )
+
+
+def _scenes_stage2(language_model: str, output: str) -> Recipe:
+    return Recipe(
+        stage=2,
+        start="runs/scenes/stage1/model",
+        language_model=language_model,
+        data=Scenes(),
+        batch_size=64,
+        max_text_length=20,
+        fit=FitConfig(
+            steps=4_000,
+            learning_rate=8e-4,
+            min_learning_rate=5e-5,
+            warmup_steps=100,
+            clip_norm=1.0,
+            max_minutes=30,
+            log_every=20,
+            eval_every=400,
+            save_every=400,
+        ),
+        output=output,
+        threads=1,
+    )
+
+
+def scenes_stage2_opt() -> Recipe:
+    """Stage 2 of the drawn world with its OPT-like language model, on one CPU core."""
+    return _scenes_stage2("runs/scenes/opt", "runs/scenes/stage2-opt")
+
+
+def scenes_stage2_flan_t5() -> Recipe:
+    """Stage 2 of the drawn world with its Flan-T5-like language model, on one CPU core."""
+    return _scenes_stage2("runs/scenes/t5", "runs/scenes/stage2-flan-t5")
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    function.__name__.replace("_", "-"): function
+    for function in (
+        stage1_vitg,
+        stage1_vitl,
+        stage2_opt_2_7b,
+        stage2_opt_6_7b,
+        stage2_flan_t5_xl,
+        stage2_flan_t5_xxl,
+        scenes_stage1,
+        scenes_stage2_opt,
+        scenes_stage2_flan_t5,
+    )
+}
