@@ -1,5 +1,4 @@
-"""How an answer is decoded: settings with the paper's defaults, and a token loop that streams, stops and
-caches.
+"""Decoding: settings with the paper's defaults, and a loop that streams, stops and caches.
 
 B rows, Q queries, T text tokens. Greedy and nucleus decoding run in the loop below, because a caller can stop
 it after any token and hand its key-value cache to the next turn; beam search is transformers' own.
@@ -130,8 +129,9 @@ class TextCache:
             if old != new:
                 break
             shared += 1
-        self.key_values.crop(num_queries + shared)
-        self.ids = self.ids[:shared]
+        if len(self.ids) > shared:
+            self.key_values.crop(shared - len(self.ids))
+            self.ids = self.ids[:shared]
         return num_queries + shared
 
 

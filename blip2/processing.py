@@ -211,7 +211,7 @@ class Processor:
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
     def unknown_words(self, text: str) -> list[str]:
-        """Words of a text that the tokenizer has no token for; only small word-level vocabularies have any."""
+        """Words that the tokenizer has no token for; only small word-level vocabularies lack any."""
         unknown = self.tokenizer.unk_token_id
         if unknown is None or unknown in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id):
             return []
