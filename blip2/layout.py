@@ -1,8 +1,8 @@
 """What lies in a checkpoint folder: reading and writing its config.json, and which names its weights go by.
 
 Three model types are known: transformers' `blip-2` and `instructblip` (the latter for models whose Q-Former
-reads the question too), and our own `blip2-any` for encoders that transformers' BLIP-2 cannot express. Old and
-new revisions of the released repositories differ in names and defaults; the differences are listed here.
+reads the question too), and our own `blip2-any` for encoders that transformers' BLIP-2 cannot express. Old
+and new revisions of the released repositories differ in names and defaults; the differences are listed here.
 """
 
 import copy

@@ -121,9 +121,10 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         norm = "norm" in name.lower() and name.endswith("weight")
-        parameter.copy_(
-            1 + 0.2 * noise if norm else 0.05 + 0.01 * noise if name == "temperature" else 0.25 * noise
-        )
+        scale = 1.0 if "embed_positions" in name else 0.25  # so that generation does not repeat one token
+        parameter.copy_(1 + 0.2 * noise if norm else scale * noise)
+        if name == "temperature":
+            parameter.fill_(0.05)
     return model.eval()
 
 
