@@ -121,10 +121,10 @@ class Processor:
         }
         instruct = self.qformer_tokenizer is not None
         name = "InstructBlipProcessor" if instruct else "Blip2Processor"
-        whole = {"processor_class": name, "num_query_tokens": self.num_query_tokens, "image_processor": image}
         for file, content in {
-            "preprocessor_config.json": {**image, "processor_class": name},  # where 4.x looks
-            "processor_config.json": whole,  # where 5.x looks
+            "preprocessor_config.json": {**image, "processor_class": name},
+            # 5.x would put the image settings in here as well; 4.x then fails, and 5.x reads the other file too
+            "processor_config.json": {"processor_class": name, "num_query_tokens": self.num_query_tokens},
         }.items():
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
