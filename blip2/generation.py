@@ -117,8 +117,9 @@ class TextCache:
     @property
     def num_bytes(self) -> int:
         """Memory held."""
-        layers = [layer for layer in self.key_values.layers if layer.is_initialized]
-        return sum(part.nbytes for layer in layers for part in (layer.keys, layer.values))
+        layers: Any = self.key_values.layers
+        held = [layer for layer in layers if layer.is_initialized]
+        return sum(part.nbytes for layer in held for part in (layer.keys, layer.values))
 
     def keep(self, ids: list[int], num_queries: int) -> int:
         """Forget all but the beginning shared with `ids`; returns how many positions it still holds."""
@@ -193,7 +194,8 @@ def decode(
         cache = TextCache()
     mask = inputs["attention_mask"]
 
-    said, unread = ids[:, :0], ids[0, len(cache.ids) :].tolist()
+    said: Any = ids[:, :0]
+    unread = ids[0, len(cache.ids) :].tolist()
     finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     for _ in range(generation.max_new_tokens):
         output = language(**state, attention_mask=mask, use_cache=True, return_dict=True)
@@ -217,7 +219,7 @@ def decode(
             state["decoder_input_ids"] = token[:, None]
 
 
-def _processors(generation: Generation, ends: list[int], device: torch.device) -> LogitsProcessorList:
+def _processors(generation: Generation, ends: list[int], device: Any) -> LogitsProcessorList:
     """What changes the scores before a token is chosen, in the order transformers applies it."""
     processors = LogitsProcessorList()
     if generation.repetition_penalty != 1:

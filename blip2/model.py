@@ -212,7 +212,7 @@ class Blip2(Blip2Base):
         return self.bridge.forward(language_inputs, *text, labels, **options)
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         pixel_values: Tensor | None = None,
         input_ids: Tensor | None = None,

@@ -132,9 +132,8 @@ class Processor:
 
     def images(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
         """One or many pictures in any form `open_image` takes -> pixel_values: float (B, 3, S, S)."""
-        many = images if isinstance(images, list | tuple) else [images]
-        pictures = [image if _is_rgb(image) else open_image(image) for image in many]
-        return preprocess(pictures, self.image_size, self.mean, self.std)
+        many: Sequence[Any] = images if isinstance(images, list | tuple) else [images]
+        return preprocess([open_image(image) for image in many], self.image_size, self.mean, self.std)
 
     # --- text ---
 
@@ -192,8 +191,8 @@ class Processor:
         length = tokens["input_ids"].shape[1]
         if self.context is not None and length + self.num_query_tokens >= self.context:
             raise PromptError(
-                f"the prompt has {length} tokens; with the picture's {self.num_query_tokens} this model reads "
-                f"fewer than {self.context}: shorten it"
+                f"the prompt has {length} tokens; beside the picture's {self.num_query_tokens} this model "
+                f"reads fewer than {self.context - self.num_query_tokens}: shorten it"
             )
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
@@ -217,7 +216,3 @@ class Processor:
             return []
         words = [word.strip(".,?!:;\"'()") for word in text.split()]
         return [w for w in words if w and unknown in self.tokenizer(w, add_special_tokens=False)["input_ids"]]
-
-
-def _is_rgb(image: Any) -> bool:
-    return isinstance(image, Image.Image) and image.mode == "RGB" and not image.getexif()

@@ -200,6 +200,11 @@ class Encoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
 
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers, first to last."""
+        return list(self.layer)  # type: ignore[arg-type]
+
 
 class QFormer(nn.Module):
     """The Q-Former. Text needs `config.use_qformer_text_input`, or the text feed-forwards do not exist."""
@@ -217,10 +222,8 @@ class QFormer(nn.Module):
         A third of the query pass is spent here, so passes that look at the same image share the result.
         """
         source = image_embeds.to(self.layernorm.weight.dtype)
-        return [
-            None if layer.crossattention is None else layer.crossattention.attention.key_values(source)
-            for layer in self.encoder.layer
-        ]
+        cross = [layer.crossattention for layer in self.encoder.layers]
+        return [None if attention is None else attention.attention.key_values(source) for attention in cross]
 
     def forward(
         self,
@@ -260,7 +263,7 @@ class QFormer(nn.Module):
         hidden = torch.cat([part.to(self.layernorm.weight.dtype) for part in parts], dim=1)
         hidden = self.dropout(self.layernorm(hidden))
         cache = []
-        for index, layer in enumerate(self.encoder.layer):
+        for index, layer in enumerate(self.encoder.layers):
             hidden, key_values = layer(
                 hidden, num_queries, images[index] if images else None, mask, past[index] if past else None
             )

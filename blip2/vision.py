@@ -37,7 +37,7 @@ class ImageFeatures:
         return len(self.image_embeds)
 
     def _map(self, function: Any) -> "ImageFeatures":
-        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return ImageFeatures(
             **{name: part if part is None else function(part) for name, part in parts.items()}
         )
@@ -85,7 +85,7 @@ class PatchEmbeddings(nn.Module):
         grid = patches.shape[-2:]
         patches = patches.flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_embedding.to(patches).expand(len(patches), -1, -1), patches], dim=1)
-        positions = self.position_embedding
+        positions: Tensor = self.position_embedding
         if tokens.shape[1] != positions.shape[1]:
             positions = interpolate_positions(positions, *grid)
         return tokens + positions.to(tokens)
@@ -174,7 +174,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.frozen = False
-        eps = getattr(config, "post_layernorm_eps", None) or getattr(config, "layer_norm_eps", 1e-6)
+        eps: float = getattr(config, "post_layernorm_eps", None) or getattr(config, "layer_norm_eps", 1e-6)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=eps)
 
     def tokens(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:

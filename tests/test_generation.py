@@ -1,4 +1,4 @@
-"""Decoding: our loop equals transformers', batches equal single rows, settings are checked where they enter."""
+"""Decoding: our loop equals transformers', batches equal single rows, settings are checked."""
 
 import threading
 
