@@ -16,11 +16,11 @@ import blip2
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"devices", "fetch", "generation", "config"},
+    {"devices", "fetch", "config"},
     {"base", "vision", "qformer", "language"},
     {"representation", "model"},
     {"images", "processing", "checkpoint", "layout", "saving", "convert", "presets"},
-    {"chat", "explain"},
+    {"generation", "chat", "explain"},
     {"bulk", "server"},
     {"cli", "ui", "__main__"},
 ]
