@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -102,7 +102,13 @@ class NonFiniteError(RuntimeError):
     """A loss or a gradient norm was not finite; the message names the samples."""
 
 
-def make_accelerator(precision: Precision = "fp32", *, cpu: bool | None = None, **kwargs: Any) -> Accelerator:
+def make_accelerator(
+    precision: Precision = "fp32",
+    *,
+    cpu: bool | None = None,
+    trackers: Sequence[str] = (),
+    folder: str | os.PathLike[str] | None = None,
+) -> Accelerator:
     """An Accelerator on the GPU if there is one, in which a lost rank is a time-out and no hang.
 
     accelerate keeps one precision per process: phases of different precision need processes of their own.
@@ -110,16 +116,23 @@ def make_accelerator(precision: Precision = "fp32", *, cpu: bool | None = None, 
     Args:
         precision: "fp32", "bf16" or "fp16".
         cpu: stay on the CPU; by default only where there is no GPU.
-        kwargs: for `Accelerator`, such as `log_with`.
+        trackers: of accelerate, such as "tensorboard".
+        folder: where they write.
 
     Raises:
         RuntimeError: the launcher announced another number of processes than take part.
     """
     if cpu is None:
         cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    mixed: Any = "no" if precision == "fp32" else precision
+    mixed = "no" if precision == "fp32" else precision
     timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
-    accelerator = Accelerator(mixed_precision=mixed, cpu=cpu, kwargs_handlers=[timeout], **kwargs)
+    accelerator = Accelerator(
+        mixed_precision=mixed,
+        cpu=cpu,
+        kwargs_handlers=[timeout],
+        log_with=list(trackers) or None,
+        project_dir=folder,
+    )
     distributed.check_launch(accelerator.num_processes)
     return accelerator
 
@@ -156,9 +169,9 @@ def fit(
         StateError: `folder` or its state belongs to another run.
     """
     folder = Path(folder)
-    state.claim(folder, run or dataclasses.asdict(config))
     if accelerator is None:
-        accelerator = make_accelerator(config.precision, log_with=list(config.trackers), project_dir=folder)
+        accelerator = make_accelerator(config.precision, trackers=config.trackers, folder=folder)
+    state.claim(folder, run or dataclasses.asdict(config))
     device, scaler = accelerator.device, accelerator.scaler
     distributed.seed_everything(config.seed)
     objective.to(device).train()

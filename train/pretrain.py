@@ -75,7 +75,7 @@ class Stage1(nn.Module):
 
 
 class Stage2(nn.Module):
-    """Vision-to-language generative learning: the frozen language model's loss on captions after the queries."""
+    """Vision-to-language generative learning: the frozen LLM's loss on captions after the queries."""
 
     def __init__(self, model: Blip2):
         super().__init__()
@@ -250,9 +250,7 @@ def run(recipe: Recipe, name: str = "custom") -> Result:
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     output = Path(recipe.output)
-    accelerator = make_accelerator(
-        recipe.fit.precision, log_with=list(recipe.fit.trackers), project_dir=output
-    )
+    accelerator = make_accelerator(recipe.fit.precision, trackers=recipe.fit.trackers, folder=output)
     if recipe.batch_size % distributed.world_size():
         raise RecipeError(
             f"batch_size {recipe.batch_size} is no multiple of the {distributed.world_size()} processes"

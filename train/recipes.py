@@ -110,9 +110,7 @@ class Recipe:
             ("BERT weights", self.bert),
             ("a language model", self.language_model),
         ]
-        lacking = [
-            f"{what}: {path} has no config.json" for what, path in named if path and not _complete(path)
-        ]
+        lacking = [f"{what}: there is none in {path}" for what, path in named if path and not _filled(path)]
         return lacking + self.data.missing()
 
 
