@@ -38,6 +38,11 @@ class Blip2Base(PreTrainedModel):
         if config.qformer_config.use_qformer_text_input:
             self.embeddings = TextEmbeddings(config.qformer_config)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in; under float16 the Q-Former and the queries stay in float32."""
+        return self.vision_model.post_layernorm.weight.dtype
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, 0.02) for all but the heads, as BERT and the paper's queries (Sec. 3.1) start."""

@@ -95,6 +95,10 @@ def load(
     name, folder = locate(name_or_path, revision=revision, local_files_only=local_files_only)
     layout = read_layout(folder)
     precision = _choose_precision(precision, layout, where)
+    processor = Processor.from_pretrained(folder, layout.config, local_files_only=True)
+    if layout.config.image_token_index is None and not layout.stage1:
+        # Early revisions lack it; newer ones appended <image> at the first free id.
+        layout.config.image_token_index = _image_token(processor)
     model = _load_model(layout, precision, where)
     if adapter is not None:
         if not (Path(adapter) / "adapter_config.json").is_file():
@@ -102,15 +106,7 @@ def load(
                 f"{adapter} holds no adapter_config.json: an adapter is a folder that peft saved"
             )
         model.load_adapter(str(adapter))
-    return Loaded(
-        model.eval(),
-        Processor.from_pretrained(folder, layout.config, local_files_only=True),
-        name,
-        precision,
-        where,
-        folder,
-        _notes(layout, precision),
-    )
+    return Loaded(model.eval(), processor, name, precision, where, folder, _notes(layout, precision))
 
 
 def locate(
@@ -301,6 +297,11 @@ def _check(layout: Layout, info: dict[str, Any]) -> None:
 
 def _first(items: list[str]) -> str:
     return ", ".join(items[:5]) + (", ..." if len(items) > 5 else "")
+
+
+def _image_token(processor: Processor) -> int:
+    vocabulary = processor.tokenizer.get_vocab()
+    return vocabulary.get("<image>", len(processor.tokenizer))
 
 
 def _notes(layout: Layout, precision: str) -> list[str]:

@@ -55,7 +55,7 @@ def save(
     try:
         processor.save_pretrained(fresh)
         for file in fresh.rglob("tokenizer_config.json"):
-            _write_json(file, _old_tokenizer(json.loads(file.read_text("utf-8"))))
+            _write_json(file, _tokenizer_config(json.loads(file.read_text("utf-8"))))
         _write_model(model, fresh, weights_dtype, max_shard_size)
         if target.is_dir():
             _keep_others(target, fresh)
@@ -82,11 +82,10 @@ def _keep_others(target: Path, fresh: Path) -> None:
             shutil.copy2(kept, fresh / kept.name)
 
 
-def _old_tokenizer(raw: dict[str, Any]) -> dict[str, Any]:
+def _tokenizer_config(raw: dict[str, Any]) -> dict[str, Any]:
     """A tokenizer_config.json of transformers 5 in words that transformers 4 understands too."""
-    raw = {
-        name: value for name, value in raw.items() if name not in ("backend", "is_local", "local_files_only")
-    }
+    machine = ("backend", "is_local", "local_files_only")  # how it was loaded, not what it is
+    raw = {name: value for name, value in raw.items() if name not in machine}
     if raw.get("tokenizer_class") == "TokenizersBackend":
         raw["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(raw.get("extra_special_tokens"), list):

@@ -27,7 +27,7 @@ def close(a, b, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """family -> [(ours, theirs, processor)] of equal weights: saved by them and loaded by us, and the reverse."""
+    """family -> [(ours, theirs, processor)] of equal weights: saved by them, loaded by us; and the reverse."""
     made = {}
 
     def get(family):
@@ -112,7 +112,8 @@ def test_generated_ids(pairs, family, method, direction):
     b = theirs.generate(pixels, **for_theirs(theirs, text), **options)
     b = b[:, 1:] if family == "t5" else b[:, -a.shape[1] :]
     assert torch.equal(a, b)
-    assert a.unique().numel() > 2, "the tiny model says the same token over and over: the test sees nothing"
+    if method == "many":
+        assert a.unique().numel() > 3, "the tiny model repeats itself: the test sees nothing"
 
 
 @pytest.mark.parametrize("family", ["opt", "t5"])
@@ -144,7 +145,7 @@ def test_retrieval_scores(pairs, direction):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_keys_and_values(pairs, family):
-    """A folder of ours gives transformers every tensor it wants, bit for bit, and nothing it does not know."""
+    """A folder of ours gives transformers every tensor it wants, bit for bit, and nothing unknown."""
     ours, theirs, _ = pairs(family)[1]
     names = set(theirs.state_dict())
     renamed = {"qformer.layernorm": "qformer.embeddings.layernorm", "embeddings.": "qformer.embeddings."}

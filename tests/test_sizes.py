@@ -20,7 +20,7 @@ STAGE1_EXTRA = 622_652  # temperature and language model head
 OUTPUT_MATRIX = {
     "blip2-flan-t5-xl": 32128 * 2048,
     "blip2-flan-t5-xxl": 32128 * 4096,
-}  # built tied, released apart
+}  # built tied
 
 
 def build(preset: Preset):
@@ -102,7 +102,5 @@ def test_memory_figures():
     for name, figures in expected.items():
         mine = [PRESETS[name].memory(p) / 1e9 for p in ("float32", "bfloat16", "float16", "int8")]
         assert mine == pytest.approx(figures, abs=0.012)
-    with pytest.raises(
-        ValueError, match="unknown precision 'fp16': choose one of float32, bfloat16, float16"
-    ):
+    with pytest.raises(ValueError, match="unknown precision 'fp16': choose one of float32,"):
         PRESETS["blip2-opt-2.7b"].memory("fp16")
