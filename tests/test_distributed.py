@@ -1,0 +1,304 @@
+"""Two processes (gloo) against one, and against the reference: gathers, losses, gradients, fit.
+
+One pair of processes does everything and writes down what it saw; the tests compare. Nothing relies on fork.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from safetensors import safe_open
+from torch import nn
+
+from blip2.representation import Blip2Representation
+from train import distributed, state
+from train.engine import FitConfig, fit, make_accelerator
+from train.loader import IndexLoader
+from train.pretrain import Stage1
+
+REFERENCE = Path(__file__).parent / "reference" / "stage1_two_ranks.safetensors"
+CONFIG = FitConfig(
+    steps=6, learning_rate=1e-2, warmup_steps=2, precision="fp32", log_every=3, save_every=3, seed=3
+)
+
+
+class Contrast(nn.Module):
+    """A loss that looks at every process's rows, with and without gradient."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, batch):
+        x = self.layer(batch["x"])
+        scores = x @ distributed.gather(x).T + (x @ distributed.gather_with_grad(x.tanh()).T).square()
+        target = distributed.rank() * len(x) + torch.arange(len(x))
+        return {
+            "loss": nn.functional.cross_entropy(scores, target),
+            "rank": torch.tensor(float(distributed.rank())),
+        }
+
+
+def fetch(indices, generator):
+    rows = [np.random.default_rng(index).standard_normal(3) for index in indices]
+    return {"x": torch.tensor(np.array(rows), dtype=torch.float32), "keys": [f"sample-{i}" for i in indices]}
+
+
+def loader(make=fetch):
+    rank, world = distributed.rank(), distributed.world_size()
+    return IndexLoader(17, 4 // world, make, seed=1, rank=rank, world_size=world)
+
+
+def acting(step, action):
+    calls = []
+
+    def make(indices, generator):
+        calls.append(1)
+        batch = fetch(indices, generator)
+        if len(calls) == step:
+            action(batch)
+        return batch
+
+    return make
+
+
+# --- the reference model ---
+
+RENAMES = [
+    (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
+    (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
+    (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual_encoder\.blocks\.", "vision_model.encoder.layers."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+    (r"\.attn\.qkv\.", ".self_attn.qkv."),
+    (r"^ln_vision\.", "vision_model.post_layernorm."),
+    (r"^Qformer\.bert\.embeddings\.LayerNorm\.", "qformer.layernorm."),
+    (r"^Qformer\.bert\.embeddings\.", "embeddings."),
+    (r"^Qformer\.bert\.", "qformer."),
+    (r"attention\.self\.", "attention.attention."),
+    (r"^Qformer\.cls\.predictions\.transform\.dense\.", "lm_head.dense."),
+    (r"^Qformer\.cls\.predictions\.transform\.LayerNorm\.", "lm_head.layer_norm."),
+    (r"^Qformer\.cls\.predictions\.bias$", "lm_head.bias"),
+    (r"^vision_proj\.", "vision_projection."),
+    (r"^text_proj\.", "text_projection."),
+    (r"^temp$", "temperature"),
+]
+COPIES = ("decoder.weight", "decoder.bias", "position_ids")  # tied or constant
+
+
+def renamed(name):
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def reference():
+    """The reference file: our model with its weights, and everything else in it by key."""
+    with safe_open(REFERENCE, "pt") as file:
+        sizes = json.loads(file.metadata()["config"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    names += ("max_position_embeddings", "cross_attention_frequency", "encoder_hidden_size", "layer_norm_eps")
+    vision = dict(sizes["vision"])
+    vision["post_layernorm_eps"] = vision.pop("ln_vision_eps")
+    from transformers import Blip2Config
+
+    config = Blip2Config(
+        vision_config=vision,
+        qformer_config={name: sizes[name] for name in names}
+        | {"use_qformer_text_input": True, "pad_token_id": sizes["pad_token_id"]},
+        num_query_tokens=sizes["num_query_tokens"],
+        image_text_hidden_size=sizes["projection_dim"],
+    )
+    config.decoder_start_token_id = sizes["decode_start_token_id"]
+    model = Blip2Representation(config)
+    loaded = {n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")}
+    biases = {n.removesuffix("q_bias"): t for n, t in loaded.items() if n.endswith("q_bias")}
+    ours = {
+        renamed(name): tensor
+        for name, tensor in loaded.items()
+        if not name.endswith((*COPIES, "q_bias", "v_bias"))
+    }
+    for prefix, q in biases.items():
+        ours[renamed(prefix + "qkv.bias")] = torch.cat([q, torch.zeros_like(q), loaded[prefix + "v_bias"]])
+    model.load_state_dict(ours)
+    return model.eval(), tensors
+
+
+def reference_step(rank):
+    """Losses of this rank on its three pairs with the recorded negatives, and the gradients after DDP."""
+    model, tensors = reference()
+    objective = Stage1(model)
+    model.vision_model.requires_grad_(True)  # the file has gradients of the encoder too
+    model.vision_model.frozen = False
+    objective.eval()
+    negatives = tuple(tensors[f"outputs.rank{rank}.negative_{kind}_index"] for kind in ("text", "image"))
+    own = {
+        name: tensors[f"inputs.{name}"][3 * rank : 3 * rank + 3] for name in ("input_ids", "attention_mask")
+    }
+    pixels = tensors["inputs.pixel_values"][3 * rank : 3 * rank + 3]
+    plain = model.forward
+    model.forward = lambda **given: plain(**given, sample_negatives=lambda *_: negatives)
+    wrapped = nn.parallel.DistributedDataParallel(objective)
+    losses = wrapped({"pixel_values": pixels, **own})
+    sum(value for name, value in losses.items() if name.startswith("loss")).backward()
+    gradients = {n.removeprefix("model."): p.grad for n, p in objective.named_parameters()}
+    return {name: value.detach() for name, value in losses.items()}, gradients
+
+
+# --- the two processes ---
+
+
+def work(rank, folder, port):
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+    )
+    torch.set_num_threads(1)
+    folder, seen = Path(folder), {}
+    accelerator = make_accelerator("fp32", cpu=True)
+    seen["world"] = (distributed.rank(), distributed.world_size())
+
+    x = torch.arange(4.0).reshape(2, 2) + 10 * rank
+    x.requires_grad_()
+    plain, attached = distributed.gather(x), distributed.gather_with_grad(x)
+    (attached * (1 + rank) * torch.arange(8.0).reshape(4, 2)).sum().backward()
+    seen["gather"] = (plain, plain.requires_grad, attached.detach(), x.grad)
+
+    seen["reference"] = reference_step(rank)
+
+    whole = Contrast()
+    result = fit(whole, loader(), CONFIG, folder / "whole", accelerator=accelerator)
+    seen["fit"] = (result.step, result.metrics, whole.state_dict())
+
+    # Only rank 1 is signalled; both stop after the same step and go on together.
+    def stop(batch):
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped = fit(Contrast(), loader(acting(4, stop)), CONFIG, folder / "parts", accelerator=accelerator)
+    again = Contrast()
+    fit(again, loader(), CONFIG, folder / "parts", accelerator=accelerator)
+    seen["stopped"] = (stopped.step, stopped.finished, again.state_dict())
+
+    # Only rank 0 has a bad sample; both stop.
+    def poison(batch):
+        if rank == 0:
+            batch["x"][0] = float("nan")
+
+    try:
+        fit(Contrast(), loader(acting(2, poison)), CONFIG, folder / "bad", accelerator=accelerator)
+    except RuntimeError as error:
+        seen["bad"] = str(error)
+    torch.save(seen, folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """What the two ranks saw, and their folder."""
+    folder = tmp_path_factory.mktemp("pair")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(work, args=(str(folder), port), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)], folder
+
+
+def test_both_ranks_take_part(pair):
+    assert [seen["world"] for seen in pair[0]] == [(0, 2), (1, 2)]
+
+
+def test_gathers(pair):
+    """Rows in rank order; with gradient, the gradients of both ranks' uses are summed."""
+    rows = torch.arange(4.0).reshape(2, 2)
+    both, use = torch.cat([rows, rows + 10]), torch.arange(8.0).reshape(4, 2)
+    for rank, seen in enumerate(pair[0]):
+        plain, tracked, attached, gradient = seen["gather"]
+        assert torch.equal(plain, both) and torch.equal(attached, both) and not tracked
+        assert torch.equal(gradient, (1 + 2) * use[2 * rank : 2 * rank + 2])
+
+
+def test_single_process_gathers():
+    x = torch.ones(2, 2, requires_grad=True)
+    assert not distributed.gather(x).requires_grad
+    assert distributed.gather_with_grad(x) is x
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.all_gather_object("a") == ["a"]
+
+
+def test_reference_losses(pair):
+    _, tensors = reference()
+    for rank, seen in enumerate(pair[0]):
+        losses = seen["reference"][0]
+        for ours, theirs in (("loss_itc", "loss_itc"), ("loss_itm", "loss_itm"), ("loss_itg", "loss_lm")):
+            expected = tensors[f"outputs.rank{rank}.{theirs}"].item()
+            assert losses[ours].item() == pytest.approx(expected, abs=2e-5)
+
+
+def test_reference_gradients(pair):
+    """Averaged over ranks as DistributedDataParallel does; here a wrong gather would show."""
+    _, tensors = reference()
+    checked = 0
+    for name, expected in tensors.items():
+        if not name.startswith("grads."):
+            continue
+        ours = renamed(name.removeprefix("grads."))
+        for seen in pair[0]:
+            gradients = seen["reference"][1]
+            if name.endswith("q_bias"):
+                gradient = gradients[ours.replace("attn.q_bias", "self_attn.qkv.bias")][: len(expected)]
+            else:
+                gradient = gradients[ours]
+            assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7, name
+            checked += 1
+    assert checked == 2 * 17
+
+
+def test_two_processes_train_as_one(pair, tmp_path):
+    """Half batches on two ranks equal whole batches on one: weights, and the logged mean loss."""
+    whole = Contrast()
+    result = fit(whole, loader(), CONFIG, tmp_path)
+    for seen in pair[0]:
+        step, metrics, trained = seen["fit"]
+        assert step == 6 and metrics["rank"] == 0.5  # the mean over ranks
+        assert metrics["loss"] == pytest.approx(result.metrics["loss"], abs=1e-5)
+        for name, value in whole.state_dict().items():
+            assert torch.allclose(value, trained[name], atol=1e-5), name
+
+
+def test_a_signal_to_one_rank_stops_both(pair):
+    for seen in pair[0]:
+        step, finished, weights = seen["stopped"]
+        assert (step, finished) == (5, False)
+        assert all(torch.equal(value, weights[name]) for name, value in seen["fit"][2].items())
+
+
+def test_a_bad_sample_on_one_rank_stops_both(pair):
+    good, bad = pair[0][1]["bad"], pair[0][0]["bad"]
+    assert "rank 0 had loss nan" in bad and "sample-" in bad
+    assert "step 2" in good and "rank 1" in good
+
+
+def test_another_number_of_processes_is_refused(pair):
+    with pytest.raises(state.StateError, match=r"saved by 2 process\(es\), this run has 1"):
+        fit(Contrast(), loader(), CONFIG, pair[1] / "whole")
+
+
+def test_a_launcher_that_starts_fewer_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="WORLD_SIZE=2, but 1 process"):
+        distributed.check_launch(1)
