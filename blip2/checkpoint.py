@@ -235,7 +235,7 @@ def _load_model(layout: Layout, precision: str, device: torch.device) -> Blip2 |
     else:
         dtype = DTYPES[half_precision(device, layout.config.text_config.model_type)]
         if not getattr(layout.config, "quantization_config", None):
-            options["quantization_config"] = _quantization(precision, dtype)
+            options["quantization_config"] = _quantization(precision, dtype, _awkward(layout, device))
     with _quiet(progress=layout.num_parameters > SMALL):
         model, info = model_class.from_pretrained(
             layout.folder,
@@ -254,7 +254,20 @@ def _load_model(layout: Layout, precision: str, device: torch.device) -> Blip2 |
     return model
 
 
-def _quantization(precision: str, dtype: torch.dtype) -> Any:
+def _awkward(layout: Layout, device: torch.device) -> list[str]:
+    """Layers that bitsandbytes cannot compute in 4 bits on a CPU: it works in tiles of 32 x 64."""
+    if device.type != "cpu":
+        return []
+    return [
+        name.removesuffix(".weight")
+        for name, shape in layout.shapes.items()
+        if name.endswith(".weight") and len(shape) == 2 and (shape[0] % 32 or shape[1] % 64)
+    ]
+
+
+def _quantization(precision: str, dtype: torch.dtype, awkward: list[str]) -> Any:
+    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
+        logging.getLogger(name).addFilter(_is_news)
     try:
         import bitsandbytes  # noqa: F401
         from transformers import BitsAndBytesConfig
@@ -269,7 +282,7 @@ def _quantization(precision: str, dtype: torch.dtype) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=list(UNQUANTIZED),
+        llm_int8_skip_modules=[*UNQUANTIZED, *awkward],
     )
 
 
@@ -318,8 +331,7 @@ def _notes(layout: Layout, precision: str) -> list[str]:
 
 @contextmanager
 def _quiet(progress: bool) -> Iterator[None]:
-    """Silence what libraries say about keys, as we report them; for good, about every int8 product."""
-    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_no_cast_notice)
+    """Silence what transformers says about keys, as we report them ourselves."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     bar = transformers_logging.is_progress_bar_enabled()
@@ -333,5 +345,6 @@ def _quiet(progress: bool) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _no_cast_notice(record: logging.LogRecord) -> bool:
-    return "inputs will be cast" not in record.getMessage()
+def _is_news(record: logging.LogRecord) -> bool:
+    """Drop what bitsandbytes repeats at every int8 product, and what it misses that is optional."""
+    return not any(words in record.getMessage() for words in ("inputs will be cast", "kernels-community"))

@@ -28,8 +28,7 @@ MATCH_BATCH = 64  # image-text pairs scored at a time
 
 
 def sample_hard_negatives(sim_i2t: Tensor, sim_t2i: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw a negative text for every image and a negative image for every text, likelier the more similar
-    they are.
+    """Draw a negative text for every image and a negative image for every text, the likelier the closer.
 
     Args:
         sim_i2t: float (B, G), image-text logits of the local images.
@@ -100,12 +99,12 @@ class Blip2Representation(Blip2Base):
 
     def image_feats(self, query_output: Tensor) -> Tensor:
         """query_output: float (B, Q, D) -> float (B, Q, E), unit length."""
-        return F.normalize(self.vision_projection(query_output), dim=-1)
+        return F.normalize(self.vision_projection(query_output.to(self.dtype)), dim=-1)
 
     def text_feats(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Texts, int (B, T), [CLS] first -> float (B, E), unit length, from the [CLS] position."""
         text = self.qformer(text_embeds=self.embeddings(input_ids), mask=text_mask(attention_mask))
-        return F.normalize(self.text_projection(text.text_output[:, 0]), dim=-1)
+        return F.normalize(self.text_projection(text.text_output[:, 0].to(self.dtype)), dim=-1)
 
     # --- losses ---
 
@@ -125,9 +124,10 @@ class Blip2Representation(Blip2Base):
         """The three losses of Sec. 3.2 on B matching pairs.
 
         Args:
-            pixel_values: float (B, 3, S, S); or `image_embeds`, float (B, P, V), after `post_layernorm`.
+            pixel_values: float (B, 3, S, S).
             input_ids: int (B, T), [CLS] first; equal T on all processes.
             attention_mask: int (B, T), 1 for real tokens.
+            image_embeds: float (B, P, V), after `post_layernorm`, in place of pixel_values.
             image_ids: int (B,), the pictures' identities where several texts describe one (retrieval
                 fine-tuning).
             gather: concatenates a tensor over processes, without gradient even for the local part.
@@ -191,8 +191,7 @@ class Blip2Representation(Blip2Base):
         gather: Gather = Tensor.detach,
         soft: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Image-text contrastive loss: an image and a text are as similar as its closest query is to the
-        text.
+        """Image-text contrastive loss; an image is as close to a text as the closest of its queries.
 
         Args:
             image_feats: float (B, Q, E), unit length.
@@ -260,7 +259,7 @@ class Blip2Representation(Blip2Base):
         """Logits (N, 2) of N pairs; the head sees every query, their logits are averaged."""
         mask = multimodal_mask(self.query_tokens.shape[1], attention_mask)
         output = self.qformer(self.query_tokens, self.embeddings(input_ids), images, mask)
-        return self.itm_head(output.query_output).mean(dim=1)
+        return self.itm_head(output.query_output.to(self.dtype)).mean(dim=1)
 
     def itg(self, cache: list[KeyValues], input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Image-grounded generation loss: the text is predicted from the queries' cached keys and values.
@@ -280,7 +279,7 @@ class Blip2Representation(Blip2Base):
         text_embeds = self.embeddings(torch.cat([start, input_ids[:, 1:]], dim=1))
         mask = causal_mask(cache[0][0].shape[2], attention_mask)
         text = self.qformer(text_embeds=text_embeds, mask=mask, past=cache).text_output
-        return self.lm_head(text, self.embeddings.word_embeddings.weight)
+        return self.lm_head(text.to(self.dtype), self.embeddings.word_embeddings.weight)
 
     # --- scores ---
 
