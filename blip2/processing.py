@@ -123,7 +123,7 @@ class Processor:
         name = "InstructBlipProcessor" if instruct else "Blip2Processor"
         for file, content in {
             "preprocessor_config.json": {**image, "processor_class": name},
-            # 5.x would put the image settings in here as well; 4.x then fails, and 5.x reads the other file too
+            # 5.x would put the image settings in here too; 4.x then fails, and 5.x reads the other file
             "processor_config.json": {"processor_class": name, "num_query_tokens": self.num_query_tokens},
         }.items():
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

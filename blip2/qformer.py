@@ -1,5 +1,4 @@
-"""The Querying Transformer (Fig. 2, Sec. 3.1): learned queries that read an image, sharing self-attention
-with text.
+"""The Querying Transformer (Fig. 2, Sec. 3.1): queries that read an image and share layers with text.
 
 B batch, Q queries (32), T text tokens, P image tokens, D width (768), V image width, H heads.
 A BERT-base whose layers have two feed-forwards, one for query positions and one for text positions, and in
@@ -55,8 +54,7 @@ def multimodal_mask(num_queries: int, attention_mask: Tensor) -> Tensor:
 
 
 def causal_mask(num_queries: int, attention_mask: Tensor) -> Tensor:
-    """Mask of pass (d), ITG: bool (B, 1, T, Q + T); its rows are text positions, the queries come from a
-    cache.
+    """Mask of pass (d), ITG: bool (B, 1, T, Q + T); rows are text positions, the queries are cached.
 
             queries  w1 w2 w3
     w1         1      1  0  0
@@ -95,7 +93,7 @@ class Projections(nn.Module):
         super().__init__()
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
-                f"qformer hidden_size {config.hidden_size} over {config.num_attention_heads} heads: not divisible"
+                f"qformer hidden_size {config.hidden_size} for {config.num_attention_heads} heads: not whole"
             )
         self.num_heads = config.num_attention_heads
         self.dropout = config.attention_probs_dropout_prob
@@ -112,6 +110,7 @@ class Projections(nn.Module):
         return self.split(self.key(source)), self.split(self.value(source))
 
     def forward(self, hidden: Tensor, key_values: KeyValues, mask: Tensor | None = None) -> Tensor:
+        """hidden: float (B, tokens, D) -> what it attends to, the same shape."""
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(
             self.split(self.query(hidden)), *key_values, attn_mask=mask, dropout_p=dropout
@@ -129,6 +128,7 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """hidden: float (B, tokens, input size); residual: float (B, tokens, D), the result's shape."""
         return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
 
 
@@ -141,6 +141,7 @@ class Attention(nn.Module):
         self.output = AddNorm(config.hidden_size, config)
 
     def forward(self, hidden: Tensor, key_values: KeyValues, mask: Tensor | None = None) -> Tensor:
+        """hidden: float (B, tokens, D), to the same."""
         return self.output(self.attention(hidden, key_values, mask), hidden)
 
 
@@ -153,6 +154,7 @@ class Intermediate(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: float (B, tokens, D) -> float (B, tokens, intermediate size)."""
         return self.activation(self.dense(hidden))
 
 
@@ -179,6 +181,7 @@ class Layer(nn.Module):
         mask: Tensor | None,
         past: KeyValues | None,
     ) -> tuple[Tensor, KeyValues]:
+        """hidden: float (B, Q + T, D), to the same, and the layer's keys and values for a cache."""
         key_values = self.attention.attention.key_values(hidden)
         if past is not None:
             key_values = (torch.cat([past[0], key_values[0]], 2), torch.cat([past[1], key_values[1]], 2))

@@ -1,5 +1,4 @@
-"""The image encoder of BLIP-2: EVA-CLIP ViT-g/14 or CLIP ViT-L/14, the paper's "Image Encoder" (Fig. 1, Sec.
-3.1).
+"""The paper's "Image Encoder": EVA-CLIP ViT-g/14 or CLIP ViT-L/14 (Fig. 1, Sec. 3.1).
 
 B images, P patches + 1 (the class token comes first), V vision width, H heads, S image size in pixels.
 Both encoders stop one block before their end (39 of 40 and 23 of 24) and hand on every token; the layer norm
@@ -37,7 +36,7 @@ class ImageFeatures:
         return len(self.image_embeds)
 
     def _map(self, function: Any) -> "ImageFeatures":
-        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        parts: Any = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return ImageFeatures(
             **{name: part if part is None else function(part) for name, part in parts.items()}
         )
@@ -92,8 +91,7 @@ class PatchEmbeddings(nn.Module):
 
 
 def interpolate_positions(position_embedding: Tensor, rows: int, columns: int) -> Tensor:
-    """Learned positions (1, 1 + old patches, V) resized to a grid of rows x columns; the class position is
-    kept.
+    """Learned positions (1, 1 + old patches, V) resized to rows x columns; the class token keeps its own.
 
     Bicubic in float32 without aligned corners, as EVA-CLIP's loader does it; the old grid is square.
     """
@@ -111,7 +109,7 @@ class Attention(nn.Module):
         super().__init__()
         if config.hidden_size % config.num_attention_heads:
             raise ValueError(
-                f"vision hidden_size {config.hidden_size} over {config.num_attention_heads} heads: no multiple"
+                f"vision hidden_size {config.hidden_size} for {config.num_attention_heads} heads: not whole"
             )
         self.num_heads = config.num_attention_heads
         self.dropout = config.attention_dropout
@@ -119,6 +117,7 @@ class Attention(nn.Module):
         self.projection = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: float (B, P, V), to the same."""
         qkv = self.qkv(hidden).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, P, V/H) each
         dropout = self.dropout if self.training else 0.0
@@ -136,6 +135,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: float (B, P, V), to the same."""
         return self.fc2(self.activation(self.fc1(hidden)))
 
 
@@ -150,6 +150,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: float (B, P, V), to the same."""
         hidden = hidden + self.self_attn(self.layer_norm1(hidden))
         return hidden + self.mlp(self.layer_norm2(hidden))
 
@@ -162,6 +163,7 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """hidden: float (B, P, V), to the same."""
         for layer in self.layers:
             hidden = layer(hidden)
         return hidden
@@ -174,7 +176,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.frozen = False
-        eps: float = getattr(config, "post_layernorm_eps", None) or getattr(config, "layer_norm_eps", 1e-6)
+        eps: Any = getattr(config, "post_layernorm_eps", None) or getattr(config, "layer_norm_eps", 1e-6)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=eps)
 
     def tokens(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:

@@ -142,7 +142,7 @@ def test_oldest_turns_leave_when_the_context_is_full(chat):
 
 
 def test_bad_use(chat):
-    with pytest.raises(PromptError, match="do not fit"):
+    with pytest.raises(PromptError, match="shorten"):
         chat.ask("red " * 200)
     with pytest.raises(PromptError, match="empty"):
         chat.ask("")
