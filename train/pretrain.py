@@ -143,11 +143,13 @@ def attach_language_model(
     """A stage-2 model: image encoder, queries and query path of stage 1, a fresh projection, and the given
     LLM.
 
-    Stage 1's text half and heads are dropped. A decoder gets the line break as its end token, as its captions
-    end so.
+    Stage 1's text half and heads are dropped. As in the released models, a decoder ends with the line break
+    that its captions end with, and an encoder without a prompt reads </s>.
     """
     text: Any = language_model.config
-    if not text.is_encoder_decoder:
+    if text.is_encoder_decoder:
+        text.bos_token_id = text.eos_token_id
+    else:
         (newline,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
         text.eos_token_id = newline
         if language_model.generation_config is not None:
