@@ -188,6 +188,22 @@ def test_the_encoder_loads_in_transformers(tmp_path):
         )
 
 
+def test_recolored_pictures_ask_for_no_color():
+    target = encoder.batch(range(8), "train")
+    changed = encoder.recolor(target, seed=0)
+    rows = (changed["color"] == -100).all(1)
+    assert rows.sum() == int(encoder.RECOLORED * 8)
+    assert torch.equal(
+        changed["pixels"].sum(-1), target["pixels"].sum(-1)
+    )  # the same values in another order
+    assert torch.equal(changed["pixels"][~rows], target["pixels"][~rows])
+    assert torch.equal(changed["has"].isnan().any(1), rows) and not target["has"].isnan().any()
+    model = encoder.PatchLabeler(encoder.encoder_config())
+    loss = encoder.loss_of(encoder.forward(model, changed["pixels"]), changed)
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 def test_training_lowers_the_loss():
     torch.manual_seed(0)
     model, target = encoder.PatchLabeler(encoder.encoder_config()), encoder.batch(range(8), "train")
