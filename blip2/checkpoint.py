@@ -266,8 +266,6 @@ def _awkward(layout: Layout, device: torch.device) -> list[str]:
 
 
 def _quantization(precision: str, dtype: torch.dtype, awkward: list[str]) -> Any:
-    for name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):
-        logging.getLogger(name).addFilter(_is_news)
     try:
         import bitsandbytes  # noqa: F401
         from transformers import BitsAndBytesConfig
@@ -348,3 +346,7 @@ def _quiet(progress: bool) -> Iterator[None]:
 def _is_news(record: logging.LogRecord) -> bool:
     """Drop what bitsandbytes repeats at every int8 product, and what it misses that is optional."""
     return not any(words in record.getMessage() for words in ("inputs will be cast", "kernels-community"))
+
+
+for _name in ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops"):  # before it is imported
+    logging.getLogger(_name).addFilter(_is_news)
