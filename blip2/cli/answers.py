@@ -1,0 +1,180 @@
+"""`caption`, `ask`, `match` and `compare`: pictures in, words out."""
+
+import argparse
+import time
+from typing import Any
+
+from PIL import Image
+
+from blip2.chat import Chat
+from blip2.checkpoint import Loaded
+from blip2.cli.console import Console, UsageError, table
+from blip2.cli.models import check_model, default_model, generation, load_model, note_unknown_words
+from blip2.generation import Generation, generate
+from blip2.images import ImageError, open_image
+from blip2.model import Blip2
+from blip2.presets import PRESETS
+from blip2.processing import PromptError
+from blip2.representation import Blip2Representation
+from blip2.vision import ImageFeatures
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Run one of these commands; returns the exit code."""
+    commands = {"caption": caption, "ask": ask, "match": match, "compare": compare}
+    return commands[args.command](args, console)
+
+
+def caption(args: argparse.Namespace, console: Console) -> int:
+    """Captions for one or more pictures; one that cannot be read does not keep the others from theirs."""
+    settings = generation(args, Generation.caption())
+    several = len(args.images) > 1
+    name = args.model or default_model("generate", console, len(args.images))
+    only = None if several else open_image(args.images[0], allow_url=True)  # fails before a model is loaded
+    loaded = load_model(name, "generate", args, console)
+    prompt = args.prompt
+    if prompt is None:
+        prompt = PRESETS[loaded.name].prompt if loaded.name in PRESETS else ""
+    prompt = loaded.processor.prompt(prompt, "caption")
+    note_unknown_words(loaded.processor, prompt, loaded.name, console)
+
+    results: list[dict[str, Any]] = []
+    for source in console.progress(args.images, "image"):
+        try:
+            image = open_image(source, allow_url=True) if only is None else only
+        except ImageError as error:
+            console.error(str(error))
+            results.append({"image": source, "error": str(error)})
+            continue
+        captions = _generate(loaded, image, prompt, settings)
+        results.append({"image": source, "captions": captions})
+        if not console.json:
+            console.show({}, [f"{source}: {text}" if several else text for text in captions])
+    if console.json:
+        console.show(_about(loaded, settings) | {"prompt": prompt, "results": results}, ())
+    return int(any("error" in result for result in results))
+
+
+def ask(args: argparse.Namespace, console: Console) -> int:
+    """An answer about one picture."""
+    settings = generation(args, Generation.answer())
+    _check_question(args)
+    name = args.model or default_model("generate", console)
+    image = open_image(args.image, allow_url=True)
+    loaded = load_model(name, "generate", args, console)
+    prompt = loaded.processor.prompt(args.question, args.style or loaded.processor.question_style)
+    note_unknown_words(loaded.processor, args.question, loaded.name, console)
+    answers = _generate(loaded, image, prompt, settings)
+    if not any(answers):
+        console.note("the model answered with nothing")
+    document = {"image": args.image, "question": args.question, "prompt": prompt, "answers": answers}
+    console.show(_about(loaded, settings) | document, answers)
+    return 0
+
+
+def match(args: argparse.Namespace, console: Console) -> int:
+    """Probability that each text matches the picture (ITM), and their cosine similarity (ITC)."""
+    if not all(text.strip() for text in args.texts):
+        raise PromptError("a text is empty: say what may be in the picture")
+    name = args.model or default_model("match", console)
+    image = open_image(args.image, allow_url=True)
+    loaded = load_model(name, "match", args, console)
+    assert isinstance(loaded.model, Blip2Representation)
+    note_unknown_words(loaded.processor, " ".join(args.texts), loaded.name, console)
+    features = _encode(loaded, image)
+    tokens = {part: ids.to(loaded.device) for part, ids in loaded.processor.text(args.texts).items()}
+    scores = {head: loaded.model.score(features, **tokens, head=head)[0].tolist() for head in ("itm", "itc")}
+    rows = [
+        {"text": text, "match": itm, "cosine": itc}
+        for text, itm, itc in zip(args.texts, scores["itm"], scores["itc"], strict=True)
+    ]
+    rows.sort(key=lambda row: row["match"], reverse=True)
+    lines = [(f"{row['match']:.3f}", f"{row['cosine']:.3f}", row["text"]) for row in rows]
+    document = {**_about(loaded), "image": args.image, "texts": rows}
+    console.show(document, table(("match", "cosine", "text"), lines))
+    return 0
+
+
+def compare(args: argparse.Namespace, console: Console) -> int:
+    """One question about one picture to several models, each in its own frame, one loaded at a time."""
+    if len(args.models) < 2:
+        raise UsageError(f"compare needs two or more models after --models, not only {args.models[0]}")
+    settings = generation(args, Generation.answer())
+    _check_question(args)
+    for name in args.models:
+        check_model(name, "generate", console)
+    image = open_image(args.image, allow_url=True)
+    results: list[dict[str, Any]] = []
+    for name in console.progress(args.models, "model"):
+        try:
+            result = _compare_one(name, image, settings, args, console)
+        except ValueError as error:  # one that is missing or broken does not keep the others from answering
+            console.error(f"{name}: {error}")
+            result = {"model": name, "error": str(error)}
+        results.append(result)
+        if not console.json and "error" not in result:
+            console.show({}, _paragraph(result))
+    if console.json:
+        console.show({"image": args.image, "question": args.question, "results": results}, ())
+    return int(any("error" in result for result in results))
+
+
+def _compare_one(
+    name: str, image: Image.Image, settings: Generation, args: argparse.Namespace, console: Console
+) -> dict[str, Any]:
+    """Load one model and ask it; what is returned holds no reference to it."""
+    loaded = load_model(name, "generate", args, console)
+    assert isinstance(loaded.model, Blip2)
+    note_unknown_words(loaded.processor, args.question, loaded.name, console)
+    start = time.perf_counter()
+    chat = Chat(loaded.model, loaded.processor, style=args.style)
+    chat.set_image(image)
+    answer = chat.ask(args.question, settings)
+    seconds = time.perf_counter() - start
+    turn = chat.turns[-1]
+    return {
+        **_about(loaded, settings),
+        "prompt": turn.prompt,
+        "answer": answer,
+        "tokens": turn.num_tokens,
+        "seconds": round(seconds, 3),
+    }
+
+
+def _paragraph(result: dict[str, Any]) -> list[str]:
+    tokens = "1 token" if result["tokens"] == 1 else f"{result['tokens']} tokens"
+    return [
+        f"{result['model']} ({result['precision']}, {result['device']}), {tokens}, {result['seconds']:.2f} s",
+        f"  prompt: {result['prompt']}",
+        f"  answer: {result['answer']}",
+    ]
+
+
+def _check_question(args: argparse.Namespace) -> None:
+    """Notice an empty question before a model is loaded for it."""
+    if args.style != "raw" and not args.question.strip():
+        raise PromptError("the question is empty: ask something about the picture")
+
+
+def _encode(loaded: Loaded, image: Image.Image) -> ImageFeatures:
+    return loaded.model.encode_image(loaded.processor.images(image).to(loaded.device))
+
+
+def _generate(loaded: Loaded, image: Image.Image, prompt: str, settings: Generation) -> list[str]:
+    assert isinstance(loaded.model, Blip2)
+    [texts] = generate(loaded.model, loaded.processor, _encode(loaded, image), prompt, settings)
+    return texts
+
+
+def _about(loaded: Loaded, settings: Generation | None = None) -> dict[str, Any]:
+    """What a JSON reader should know about how the result came about."""
+    about: dict[str, Any] = {
+        "model": loaded.name,
+        "precision": loaded.precision,
+        "device": str(loaded.device),
+    }
+    if settings is not None:
+        about["method"] = settings.method
+        if settings.method == "nucleus":
+            about["seed"] = settings.seed
+    return about

@@ -1,0 +1,116 @@
+"""The words that each command understands. Imports nothing heavy: `blip2 --help` must not wait for torch."""
+
+import argparse
+
+from blip2 import __version__
+
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
+STYLES = ("question", "short", "raw")
+METHODS = ("greedy", "beam", "nucleus")
+
+EPILOG = """The default model is embedded and knows drawn scenes only: circles, stars, colors. For photographs
+choose a released one, such as --model blip2-opt-2.7b; `blip2 info` lists them with their sizes.
+Exit codes: 0 done, 1 failed, 2 used wrongly."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; `args.module` names the file that runs the command."""
+    parser = argparse.ArgumentParser(
+        "blip2",
+        description="BLIP-2: caption images, ask and chat about them, score them against texts.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"blip2 {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, module: str, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        sub.set_defaults(module=module)
+        sub.allow_abbrev = False
+        sub.add_argument("--json", action="store_true", help="print one JSON document on stdout")
+        sub.add_argument("--quiet", "-q", action="store_true", help="no notes and no progress on stderr")
+        sub.add_argument("--debug", action="store_true", help="show the libraries' notices and tracebacks")
+        return sub
+
+    caption = command("caption", "answers", "describe one or more pictures")
+    caption.add_argument("images", nargs="+", metavar="IMAGE", help="a file or an http(s) URL")
+    caption.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help='words that the caption goes on from, such as "a photo of"; not repeated in the output',
+    )
+    _add_decoding(caption, "beam, up to 30 tokens")
+    caption.add_argument("--num-captions", type=int, metavar="N", help="captions a picture (default 1)")
+    _add_model(caption)
+
+    ask = command("ask", "answers", "answer a question about a picture")
+    ask.add_argument("image", metavar="IMAGE", help="a file or an http(s) URL")
+    ask.add_argument("question", metavar="QUESTION")
+    _add_style(ask)
+    _add_decoding(ask, "beam, up to 10 tokens, length penalty -1")
+    ask.add_argument("--num-captions", type=int, metavar="N", help="answers (default 1)")
+    _add_model(ask)
+
+    chat = command("chat", "talk", "talk about a picture, one question a line")
+    chat.add_argument("image", metavar="IMAGE", help="a file or an http(s) URL")
+    _add_style(chat)
+    _add_decoding(chat, "greedy, up to 30 tokens; beam does not stream")
+    _add_model(chat)
+
+    match = command("match", "answers", "score texts against a picture, the best first")
+    match.add_argument("image", metavar="IMAGE", help="a file or an http(s) URL")
+    match.add_argument("texts", nargs="+", metavar="TEXT")
+    _add_model(match)
+
+    compare = command("compare", "answers", "put one question about one picture to several models")
+    compare.add_argument("image", metavar="IMAGE", help="a file or an http(s) URL")
+    compare.add_argument("question", metavar="QUESTION")
+    compare.add_argument("--models", nargs="+", required=True, metavar="MODEL", help="two or more models")
+    _add_style(compare)
+    _add_decoding(compare, "beam, up to 10 tokens, length penalty -1")
+    _add_machine(compare)
+
+    convert = command("convert", "checkpoints", "turn a LAVIS .pth file into a folder that loads here")
+    convert.add_argument("pth", metavar="PTH", help="the LAVIS checkpoint")
+    convert.add_argument("folder", metavar="FOLDER", help="where to write; must not exist yet")
+    convert.add_argument("--llm", metavar="MODEL", help="folder or Hub id of the frozen language model")
+    convert.add_argument("--vision", metavar="PTH", help="file of the frozen image encoder's weights")
+
+    info = command("info", "checkpoints", "list the models, or describe one: parameters, sizes, memory")
+    info.add_argument("model", nargs="?", metavar="MODEL", help="a name, a folder, or a Hub id in the cache")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", "-m", metavar="MODEL", help="a name, a folder, or a Hub id")
+    _add_machine(group)
+
+
+def _add_machine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 or mps")
+
+
+def _add_style(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--style",
+        choices=STYLES,
+        help="'Question: ... Answer:', '... Short answer:', or the text as it is; default: the model's own",
+    )
+
+
+def _add_decoding(parser: argparse.ArgumentParser, default: str) -> None:
+    """Fields of `Generation`; those left out keep the paper's values."""
+    group = parser.add_argument_group("decoding", f"default: {default}")
+    group.add_argument("--method", choices=METHODS)
+    group.add_argument("--num-beams", type=int, metavar="N", help="beam: how many (5)")
+    group.add_argument("--max-new-tokens", type=int, metavar="N")
+    group.add_argument("--min-new-tokens", type=int, metavar="N")
+    group.add_argument("--length-penalty", type=float, metavar="X", help="beam: below 0 for short answers")
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 for less repetition")
+    group.add_argument("--temperature", type=float, metavar="X", help="nucleus: above 0 (1)")
+    group.add_argument("--top-p", type=float, metavar="P", help="nucleus: above 0, at most 1 (0.9)")
+    group.add_argument("--seed", type=int, metavar="N", help="nucleus: makes it repeatable")

@@ -1,0 +1,240 @@
+"""`info` and `convert`: the checkpoints there are, what one is made of, and LAVIS files as folders."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Blip2Config
+
+from blip2.base import Blip2Base
+from blip2.checkpoint import UNQUANTIZED, is_available, locate
+from blip2.cli.console import Console, UsageError, table
+from blip2.cli.models import DOES, find_preset
+from blip2.devices import device_advice
+from blip2.layout import STAGE1_EXTRAS, CheckpointError, read_layout
+from blip2.model import Blip2
+from blip2.presets import PRECISIONS, PRESETS, Preset, memory
+from blip2.representation import Blip2Representation
+
+PARTS = {
+    "vision_model": "image encoder",
+    "qformer": "Q-Former",
+    "embeddings": "Q-Former's word embeddings",
+    "query_tokens": "queries",
+    "language_projection": "language projection",
+    "language_model": "language model",
+}
+T5_OUTPUT = "language_model.lm_head.weight"
+KEPT = ("qformer", "query_tokens", "wo")  # what float16 keeps in float32
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Run one of these commands; returns the exit code."""
+    if args.command == "convert":
+        return convert(args, console)
+    return describe(args, console) if args.model else list_presets(console)
+
+
+# --- the list ---
+
+
+def list_presets(console: Console) -> int:
+    """Every model with a name: parameters, download, memory by precision, license, whether it is here."""
+    if advice := device_advice():
+        console.note(advice)
+    models = [_preset_document(preset) for preset in PRESETS.values()]
+    rows = [
+        (
+            model["name"],
+            _count(model["parameters"]),
+            _size(model["download_bytes"]),
+            *(_size(model["memory"][precision]) for precision in PRECISIONS),
+            model["status"],
+        )
+        for model in models
+    ]
+    lines = table(("model", "parameters", "download", *PRECISIONS, "status"), rows)
+    lines += ["", "Memory is the weights' alone. scenes-itm and blip2-itm-* score texts, the others write."]
+    lines.append("")
+    licenses: dict[str, list[str]] = {}
+    for model in models:
+        licenses.setdefault(model["license"], []).append(model["name"])
+    lines += [f"{', '.join(names)}: {text}" for text, names in licenses.items()]
+    console.show({"models": models}, lines)
+    return 0
+
+
+def _preset_document(preset: Preset) -> dict[str, Any]:
+    there = is_available(preset.name)
+    if preset.repo_id:
+        status = "in the cache" if there else "to download"
+    else:
+        status = "embedded" if there else "missing"
+    return {
+        "name": preset.name,
+        "repo_id": preset.repo_id,
+        "kind": preset.kind,
+        "parameters": preset.parameters,
+        "download_bytes": preset.download_bytes,
+        "memory": {precision: preset.memory(precision) for precision in PRECISIONS},
+        "image_size": preset.image_size,
+        "license": preset.license,
+        "status": status,
+    }
+
+
+# --- one model ---
+
+
+def describe(args: argparse.Namespace, console: Console) -> int:
+    """One model, from its configuration and the names in its files: no weights are read or needed."""
+    preset = find_preset(args.model)
+    stored: set[str] | None = None
+    if preset is not None and preset.repo_id:
+        name, config, stage1 = preset.name, preset.config(), preset.kind == "match"
+    else:
+        try:
+            name, folder = locate(args.model, local_files_only=True)
+        except CheckpointError:
+            raise
+        except ValueError as error:  # no such name
+            raise UsageError(str(error)) from error
+        layout = read_layout(folder)
+        config, stage1, stored = layout.config, layout.stage1, set(layout.shapes)
+    with torch.device("meta"):
+        model: Blip2Base = (Blip2Representation if stage1 else Blip2)(config)
+    document: dict[str, Any] = {"name": name, "kind": "match" if stage1 else "generate"}
+    if preset is not None:
+        document |= _preset_document(preset)
+    parts = _parts(model, stored)
+    parameters = sum(parts.values())
+    shares = _memory_shares(model)
+    document |= {
+        "parameters": parameters,
+        "parts": parts,
+        "trainable": _trainable(model),
+        "sizes": _sizes(config, stage1),
+        "memory": {precision: memory(parameters, *shares, precision) for precision in PRECISIONS},
+    }
+    console.show(document, _description(document))
+    return 0
+
+
+def _parts(model: Blip2Base, stored: set[str] | None) -> dict[str, int]:
+    """Parameters of each part, tied matrices once.
+
+    Args:
+        model: on the meta device.
+        stored: names in the checkpoint's files; None for a released one, whose matching models lack stage 1's
+            temperature and language model head.
+    """
+    parts: dict[str, int] = {}
+    counts = {path: parameter.numel() for path, parameter in model.named_parameters()}
+    if isinstance(model, Blip2Representation):
+        if stored is None or "temperature" not in stored:
+            counts = {path: count for path, count in counts.items() if path not in STAGE1_EXTRAS}
+    elif model.config.text_config.model_type == "t5" and (stored is None or T5_OUTPUT in stored):
+        language: Any = model.language_model  # transformers builds it tied, loading gives it its own matrix
+        counts[T5_OUTPUT] = language.lm_head.weight.numel()
+    for path, count in counts.items():
+        part = "stage 1's own head" if path in STAGE1_EXTRAS else PARTS.get(path.split(".")[0], "heads")
+        parts[part] = parts.get(part, 0) + count
+    return parts
+
+
+def _trainable(model: Blip2Base) -> dict[str, int]:
+    """Parameters that each stage trains: the image encoder joins in for fine-tuning (Sec. 4.2 to 4.4)."""
+    trainable = {}
+    if isinstance(model, Blip2):
+        model.freeze_language()
+    trainable["fine-tuning"] = model.num_trainable()
+    model.freeze_vision()
+    trainable["stage 2" if isinstance(model, Blip2) else "stage 1"] = model.num_trainable()
+    return dict(reversed(trainable.items()))
+
+
+def _memory_shares(model: Blip2Base) -> tuple[int, int]:
+    """Weights that int8 and nf4 shrink, and weights that float16 keeps in float32."""
+    skipped = {*UNQUANTIZED, *KEPT}
+    quantizable = sum(
+        module.weight.numel()
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not skipped & set(path.split("."))
+    )
+    kept = sum(
+        parameter.numel() for path, parameter in model.named_parameters() if set(KEPT) & set(path.split("."))
+    )
+    return quantizable, kept
+
+
+def _sizes(config: Blip2Config, stage1: bool) -> dict[str, Any]:
+    vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
+    sizes = {
+        "image encoder": {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "width": vision.hidden_size,
+            "layers": vision.num_hidden_layers,
+            "heads": vision.num_attention_heads,
+        },
+        "Q-Former": {
+            "queries": config.num_query_tokens,
+            "width": qformer.hidden_size,
+            "layers": qformer.num_hidden_layers,
+            "heads": qformer.num_attention_heads,
+            "vocabulary": qformer.vocab_size,
+        },
+    }
+    if not stage1:
+        sizes["language model"] = {
+            "type": text.model_type,
+            "width": text.hidden_size,
+            "layers": text.num_hidden_layers,
+            "heads": text.num_attention_heads,
+            "vocabulary": text.vocab_size,
+        }
+    return sizes
+
+
+def _description(document: dict[str, Any]) -> list[str]:
+    head = [f"{document['name']}: {DOES[document['kind']]}"]
+    if document.get("repo_id"):
+        size = _size(document["download_bytes"])
+        head.append(f"{document['repo_id']}, {size} download, {document['status']}")
+    if "license" in document:
+        head.append(document["license"])
+    parts = [*document["parts"].items(), ("all", document["parameters"])]
+    lines = [*head, "", *table(("part", "parameters"), [(part, f"{count:,}") for part, count in parts])]
+    trainable = [(stage, f"{count:,}") for stage, count in document["trainable"].items()]
+    lines += ["", *table(("training", "trainable"), trainable), ""]
+    for part, sizes in document["sizes"].items():
+        lines.append(f"{part}: " + ", ".join(f"{word.replace('_', ' ')} {n}" for word, n in sizes.items()))
+    lines += ["", *table(("precision", "memory"), [(p, _size(n)) for p, n in document["memory"].items()])]
+    return lines
+
+
+def _count(number: int) -> str:
+    if not number:
+        return "-"
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def _size(num_bytes: int) -> str:
+    if not num_bytes:
+        return "-"
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+# --- conversion ---
+
+
+def convert(args: argparse.Namespace, console: Console) -> int:
+    """Turn a LAVIS file into a folder."""
+    from blip2.convert import convert as convert_file
+
+    folder = Path(args.folder)
+    convert_file(Path(args.pth), folder, llm=args.llm, vision=args.vision)
+    console.show({"folder": str(folder)}, [f"wrote {folder}"])
+    return 0

@@ -1,0 +1,146 @@
+"""Which model a command uses, and how it decodes."""
+
+import argparse
+import secrets
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import constants
+
+from blip2.checkpoint import CheckpointError, Loaded, is_available, load, locate
+from blip2.cli.console import Console, UsageError
+from blip2.devices import choose_device, device_advice
+from blip2.generation import Generation
+from blip2.model import Blip2
+from blip2.presets import DEFAULT, PRESETS, Preset, resolve
+from blip2.processing import Processor
+
+Kind = Literal["generate", "match"]
+DEFAULTS: dict[str, str] = {"generate": DEFAULT, "match": "scenes-itm"}
+DOES = {"generate": "makes captions and answers", "match": "scores texts"}
+FIELDS = (
+    "method",
+    "num_beams",
+    "num_captions",
+    "max_new_tokens",
+    "min_new_tokens",
+    "length_penalty",
+    "repetition_penalty",
+    "temperature",
+    "top_p",
+    "seed",
+)
+ONLY = {"beam": ("num_beams", "length_penalty"), "nucleus": ("temperature", "top_p")}
+
+
+def default_model(kind: Kind, console: Console, num_pictures: int = 1) -> str:
+    """The model to use when none is named.
+
+    The embedded ones serve for one picture at a time only: their captions must not end up beside someone's
+    photographs. Several pictures get a released checkpoint if the cache has one.
+
+    Raises:
+        UsageError: several pictures and no released checkpoint at hand.
+    """
+    if num_pictures == 1:
+        name = DEFAULTS[kind]
+        console.note(f"using the embedded model {name}, which knows drawn scenes only; --model picks another")
+        return name
+    released = [preset.name for preset in PRESETS.values() if preset.repo_id and preset.kind == kind]
+    for name in released:
+        if is_available(name):
+            console.note(f"using {name}, which is in the cache; --model picks another")
+            return name
+    raise UsageError(
+        f"{num_pictures} pictures need --model: the embedded model knows drawn scenes only, and no released "
+        f"one is in the cache. Choose one, such as --model {released[0]}; `blip2 info` lists them"
+    )
+
+
+def check_model(name: str, kind: Kind, console: Console) -> None:
+    """Refuse a name that cannot work, before anything is downloaded, and announce a download.
+
+    Raises:
+        UsageError: an unknown name, or a model made for something else.
+    """
+    preset = find_preset(name)
+    if preset is not None and preset.kind != kind:
+        _refuse_kind(name, kind)
+    try:
+        locate(name, local_files_only=True)
+    except CheckpointError:  # `load` will say what is wrong, unless it can download what is missing
+        if preset is not None and preset.repo_id and not constants.HF_HUB_OFFLINE:
+            size = preset.download_bytes / 1e9
+            console.note(f"{preset.name} is not in the cache yet: downloading {size:.1f} GB")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def find_preset(name: str) -> Preset | None:
+    """The preset that `load` would take; a folder of that name goes before."""
+    if Path(name).expanduser().is_dir():
+        return None
+    try:
+        return resolve(name)
+    except ValueError:
+        return None
+
+
+def load_model(name: str, kind: Kind, args: argparse.Namespace, console: Console) -> Loaded:
+    """Load a model for captions and answers, or for scores.
+
+    Raises:
+        UsageError: it is made for something else, or the device is not there.
+    """
+    try:
+        choose_device(args.device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    check_model(name, kind, console)
+    preset = find_preset(name)
+    advice = device_advice() if args.device == "auto" and (preset is None or preset.repo_id) else None
+    if advice:
+        console.note(advice)
+    loaded = load(name, precision=args.precision, device=args.device)
+    if isinstance(loaded.model, Blip2) != (kind == "generate"):
+        _refuse_kind(name, kind)
+    for note in loaded.notes:
+        console.note(note)
+    return loaded
+
+
+def _refuse_kind(name: str, kind: Kind) -> None:
+    other: Kind = "match" if kind == "generate" else "generate"
+    fitting = ", ".join(preset.name for preset in PRESETS.values() if preset.kind == kind)
+    raise UsageError(f"{name} {DOES[other]}; a model that {DOES[kind]} is needed: {fitting}")
+
+
+def generation(args: argparse.Namespace, defaults: Generation) -> Generation:
+    """Decoding settings: the defaults, changed by the flags that were given.
+
+    Raises:
+        UsageError: a value out of range, or a flag that the chosen method ignores.
+    """
+    given: dict[str, Any] = {name: getattr(args, name, None) for name in FIELDS}
+    given = {name: value for name, value in given.items() if value is not None}
+    method = given.get("method", defaults.method)
+    for owner, names in ONLY.items():
+        for name in names:
+            if name in given and method != owner:
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} has no effect with method {method}: add --method {owner}")
+    if method == "nucleus" and "seed" not in given:
+        given["seed"] = secrets.randbelow(1 << 31)  # reported, so that the answer can be had again
+    if given.get("max_new_tokens", defaults.min_new_tokens) < defaults.min_new_tokens:
+        given.setdefault("min_new_tokens", max(0, given["max_new_tokens"]))
+    try:
+        return defaults.with_(**given)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def note_unknown_words(processor: Processor, text: str, name: str, console: Console) -> None:
+    """Name the words that a small vocabulary lacks."""
+    words = list(dict.fromkeys(processor.unknown_words(text)))
+    if words:
+        console.note(f"words that {name} does not know: {', '.join(words)}")
