@@ -1,0 +1,84 @@
+"""From a model to the page: text as it is said, or how long the search has been going."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from blip2.chat import Chat
+from blip2.generation import Generation
+
+T = TypeVar("T")
+
+
+class Background(Generic[T]):
+    """A function run in a thread, so that the page can be told how long it has been going.
+
+    Leaving the iteration early, as when a page is closed, sets `stop`.
+    """
+
+    def __init__(self, function: Callable[[], T], stop: threading.Event):
+        self._function, self._stop = function, stop
+        self._done = threading.Event()
+        self._outcome: list[T] = []
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._outcome.append(self._function())
+        except BaseException as error:
+            self._error = error
+            if not isinstance(error, Exception):
+                raise
+        finally:
+            self._done.set()
+
+    def ticks(self, seconds: float = 0.25) -> Iterator[float]:
+        """Seconds since the start, until it is done."""
+        start = time.monotonic()
+        try:
+            while not self._done.wait(seconds):
+                yield time.monotonic() - start
+        except GeneratorExit:
+            self._stop.set()
+            raise
+
+    def result(self) -> T:
+        """What the function returned; what it raised is raised here."""
+        if self._error is not None:
+            raise self._error
+        return self._outcome[0]
+
+
+@dataclass
+class Progress:
+    """How far an answer has come: the text so far, or while there is none what the model is doing."""
+
+    text: str = ""
+    doing: str = ""
+
+
+def streamed(
+    chat: Chat, start: Callable[[], Iterator[str]], generation: Generation, stop: threading.Event
+) -> Iterator[Progress]:
+    """Follow an answer that `start` begins in `chat`; once `stop` is set decoding ends within one token."""
+    if generation.method == "beam":
+        search = Background(lambda: "".join(start()), stop)
+        try:
+            for seconds in search.ticks():
+                if stop.is_set():
+                    chat.stop()
+                yield Progress(doing=f"Searching with {generation.num_beams} beams, {seconds:.0f} s ...")
+        finally:
+            chat.stop()
+        yield Progress(search.result())
+        return
+    pieces, text = start(), ""
+    for piece in pieces:
+        text += piece
+        yield Progress(text)
+        if stop.is_set():
+            pieces.close()  # type: ignore[attr-defined]
+            return

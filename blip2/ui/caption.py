@@ -1,0 +1,78 @@
+"""The Caption tab: several captions of the picture at once (Sec. 4.2)."""
+
+import html
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from blip2.generation import Generation, generate
+from blip2.presets import PRESETS
+from blip2.ui.answers import Background
+from blip2.ui.models import Models
+from blip2.ui.parameters import Parameters
+from blip2.ui.session import Session
+from blip2.ui.tab import Tab, Updates
+from blip2.ui.words import note, receipt, settings_text
+
+EMPTY = '<div class="captions empty">The captions will stand here.</div>'
+
+
+class CaptionTab(Tab):
+    """Controls and events; see `Tab`."""
+
+    def __init__(self, models: Models, state: gr.State, picture: gr.Image):
+        super().__init__(models, state, picture)
+        self.parameters = Parameters(Generation.caption(num_captions=3), several=True)
+        with gr.Row(elem_classes="actions"):
+            self.go = gr.Button("Caption the picture", variant="primary", min_width=160)
+            self.halt = gr.Button("Stop", variant="stop", visible=False, min_width=90, scale=0)
+        self.note = gr.HTML(elem_id="caption-note")
+        self.captions = gr.HTML(EMPTY, elem_id="captions")
+        self.receipt = gr.HTML(elem_id="caption-receipt")
+        self.wire([self.go.click], self.run, self.parameters.inputs, [self.captions, self.receipt])
+        self.wire_stop()
+
+    def cleared(self) -> Updates:
+        """The tab as for a new picture or model."""
+        return {self.note: "", self.captions: EMPTY, self.receipt: ""}
+
+    def run(self, session: Session, picture: tuple[str | None, str], *values: Any) -> Iterator[Updates]:
+        """Write captions; yields what to change on the page."""
+        generation = self.parameters.generation(values)
+        session.look(*picture)
+        name, subject = session.model or self.models.default, session.subject
+        prompt = PRESETS[name].prompt if name in PRESETS else ""
+        start = time.monotonic()
+
+        def work() -> list[str]:
+            loaded = self.models.get(name)
+            model: Any = loaded.model
+            [captions] = generate(model, loaded.processor, session.features(loaded), prompt, generation, stop)
+            return captions
+
+        with session.answering() as stop:
+            yield self.busy(f"Asking {name} ...") | {self.receipt: ""}
+            writing = Background(work, stop)
+            for seconds in writing.ticks():
+                yield {self.note: note(f"{_doing(generation)}, {seconds:.0f} s ...")}
+            captions, stopped = writing.result(), stop.is_set()
+        yield self.idle(session)
+        if session.subject != subject:
+            return  # the visitor has moved on to another picture or model
+        facts = [settings_text(generation), f"{time.monotonic() - start:.1f} s"]
+        yield {
+            self.note: note("Stopped." if stopped else ""),
+            self.captions: _list(captions),
+            self.receipt: receipt(name, prompt, facts),
+        }
+
+
+def _doing(generation: Generation) -> str:
+    return f"Searching with {generation.num_beams} beams" if generation.method == "beam" else "Writing"
+
+
+def _list(captions: list[str]) -> str:
+    items = "".join(f"<li>{html.escape(text) or '<em>no words</em>'}</li>" for text in captions)
+    return f'<ol class="captions" aria-live="polite">{items}</ol>'

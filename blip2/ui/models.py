@@ -1,0 +1,133 @@
+"""The models the app offers: which, at what cost, and loaded once for all visitors."""
+
+import html
+import os
+import threading
+from pathlib import Path
+
+from blip2 import checkpoint
+from blip2.checkpoint import CheckpointError, Loaded
+from blip2.presets import EMBEDDED, PRESETS, Preset
+
+WORLD = "nine colors, eight shapes, two sizes"
+
+
+class Models:
+    """A shelf of models; each is loaded at most once, whoever asks, and shared by all visitors.
+
+    Args:
+        default: a preset's name, a Hub id, or a folder: the operator's choice.
+        local: visitors may load released checkpoints, from the cache, and folders.
+    """
+
+    def __init__(self, default: str, *, local: bool = False):
+        preset = _preset(default)
+        if preset is not None and preset.kind == "match":
+            raise ValueError(
+                f"{preset.name} scores texts against pictures and writes none; "
+                f"choose {' or '.join(name for name in EMBEDDED if PRESETS[name].kind == 'generate')}"
+            )
+        self.default = preset.name if preset else default
+        self.local = local
+        self._loaded: dict[str, Loaded] = {}
+        self._locks: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> list[str]:
+        """What the picker offers: embedded, then released; first the operator's own, if it is neither."""
+        names = [preset.name for preset in PRESETS.values() if preset.kind == "generate"]
+        return names if self.default in names else [self.default, *names]
+
+    def choices(self) -> list[tuple[str, str]]:
+        """(label, name) for the picker; a released checkpoint's label holds its download size."""
+        return [(_label(name), name) for name in self.names]
+
+    def is_loaded(self, name: str) -> bool:
+        """Whether `get` returns at once."""
+        return name in self._loaded
+
+    def get(self, name: str) -> Loaded:
+        """The model, loaded on first use; nothing is ever downloaded.
+
+        Raises:
+            ValueError: it may not be loaded here, is not on this machine, or is broken; the message says what
+                to do.
+        """
+        self._check_allowed(name)
+        with self._lock:
+            lock = self._locks.setdefault(name, threading.Lock())
+        with lock:
+            if name not in self._loaded:
+                loaded = checkpoint.load(name, local_files_only=True)
+                if loaded.processor.family == "bert":
+                    raise ValueError(f"{name} scores texts against pictures and writes none")
+                self._loaded[name] = loaded
+            return self._loaded[name]
+
+    def _check_allowed(self, name: str) -> None:
+        if name in EMBEDDED or name == self.default or self.local:
+            return
+        raise CheckpointError(
+            f"{name} is not served here: the app's operator can start it with --model {name}, "
+            "or with --local on a machine of their own"
+        )
+
+    def card(self, name: str) -> str:
+        """HTML: what a model is, what it takes, and what may be done with it."""
+        preset = _preset(name)
+        if preset is None:
+            return _card(name, [("From", "a folder or the cache of this machine")], "")
+        if preset.repo_id is None:
+            facts = [
+                ("Size", f"{preset.parameters / 1e6:.1f} million parameters"),
+                ("Download", "none, it is part of the app"),
+                ("Memory", f"{preset.memory('float32') / 1e6:.0f} MB"),
+            ]
+            return _card(preset.name, facts, preset.license)
+        memory = [f"{preset.memory(p) / 1e9:.1f} GB {p}" for p in ("float32", "bfloat16", "int8", "nf4")]
+        here = _machine_memory()
+        facts = [
+            ("Size", f"{preset.parameters / 1e9:.1f} billion parameters"),
+            ("Download", f"{preset.download_bytes / 1e9:.1f} GB"),
+            ("Memory", " · ".join(memory) + (f" (this machine: {here / 1e9:.0f} GB)" if here else "")),
+        ]
+        return _card(preset.name, facts, preset.license)
+
+    def notice(self, name: str) -> str:
+        """HTML: what the embedded models know, in so many words; nothing for others."""
+        if name not in EMBEDDED:
+            return ""
+        return (
+            f'<div class="notice"><strong>{name}</strong> knows drawn scenes only: {WORLD}. '
+            "Shown a photograph it will answer, and be wrong; for photographs choose a released model.</div>"
+        )
+
+
+def _preset(name: str) -> Preset | None:
+    """The preset of that name, unless a folder of the same name was meant."""
+    bare = name.strip().lower().removeprefix("salesforce/")
+    return None if Path(name).expanduser().is_dir() else PRESETS.get(bare)
+
+
+def _label(name: str) -> str:
+    preset = _preset(name)
+    if preset is None:
+        return Path(name).name or name
+    if preset.repo_id is None:
+        return f"{preset.name} (embedded)"
+    return f"{preset.name} ({preset.download_bytes / 1e9:.1f} GB download)"
+
+
+def _card(title: str, facts: list[tuple[str, str]], license: str) -> str:
+    rows = [*facts, *([("License", license)] if license else [])]
+    cells = "".join(f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}</dd>" for term, text in rows)
+    return f'<dl class="card" aria-label="About {html.escape(title)}">{cells}</dl>'
+
+
+def _machine_memory() -> int | None:
+    """Bytes of main memory, where the system says."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None

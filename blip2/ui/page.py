@@ -1,0 +1,111 @@
+"""The page: the picture on the left, what can be done with it on the right."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from blip2.images import ImageError
+from blip2.ui.caption import CaptionTab
+from blip2.ui.instruct import InstructTab
+from blip2.ui.models import Models
+from blip2.ui.picture import PictureBox, refused
+from blip2.ui.session import EXPECTED, Session, friendly
+from blip2.ui.tab import Tab, Updates
+from blip2.ui.talk import ChatTab
+from blip2.ui.theme import HEADER
+from blip2.ui.words import note
+
+# Uploads: looked at every five minutes, deleted when older than fifty, so gone within the hour.
+DELETE_CACHE = (300, 3000)
+QUEUE = 64
+
+
+def page(models: Models) -> gr.Blocks:
+    """Build the page over a shelf of models, which it keeps as `blip2_models`."""
+    with gr.Blocks(title="BLIP-2", analytics_enabled=False, delete_cache=DELETE_CACHE) as demo:
+        state = gr.State(Session())
+        with gr.Row(elem_id="top", equal_height=True):
+            gr.HTML(HEADER, elem_id="header")
+            picker = gr.Dropdown(
+                models.choices(),
+                value=models.default,
+                label="Model",
+                allow_custom_value=models.local,
+                elem_id="model",
+                min_width=300,
+                scale=0,
+            )
+        model_note = gr.HTML(elem_id="model-note")
+        notice = gr.HTML(models.notice(models.default), elem_id="notice")
+        with gr.Row(elem_id="main"):
+            with gr.Column(scale=5, min_width=320, elem_id="look"):
+                box = PictureBox()
+                with gr.Accordion("About the model", open=False, elem_classes="settings"):
+                    card = gr.HTML(models.card(models.default), elem_id="card")
+            with gr.Column(scale=7, min_width=320, elem_id="ask"), gr.Tabs():
+                with gr.Tab("Chat", id="chat"):
+                    chat = ChatTab(models, state, box.picture)
+                with gr.Tab("Caption", id="caption", render_children=True):
+                    caption = CaptionTab(models, state, box.picture)
+                with gr.Tab("Instruct", id="instruct", render_children=True):
+                    instruct = InstructTab(models, state, box.picture)
+        tabs: list[Tab] = [chat, caption, instruct]
+        cleared = [component for tab in tabs for component in tab.cleared()]
+
+        def look(session: Session, picture: tuple[str | None, str]) -> Updates:
+            """The page after the picture changed, by whatever way."""
+            talked = session.chat is not None
+            if picture[0] is None:
+                return {box.note: note("No picture: add one, or pick an example.")}
+            try:
+                if not session.look(*picture):
+                    return {box.note: gr.skip()}
+            except ImageError as error:
+                value, sentence = refused(error, session.path)
+                return {box.picture: value, box.note: sentence}
+            updates: Updates = {box.note: ""}
+            for tab in tabs:
+                updates |= tab.cleared()
+            if talked:
+                updates[chat.note] = note("New picture: a new chat begins.")
+            return updates
+
+        def choose(session: Session, name: str | None) -> Iterator[Updates]:
+            """The page after another model was chosen; it stays with the old one where that fails."""
+            before = session.model or models.default
+            name = (name or before).strip()
+            try:
+                if not models.is_loaded(name):
+                    yield {model_note: note(f"Loading {name} ...")}
+                models.get(name)
+            except EXPECTED as error:
+                sentence = f"{friendly(error).rstrip('.')}. {before} stays in use."
+                about = {card: models.card(name)} if name in models.names else {}
+                yield {model_note: note(sentence, "error"), picker: before, **about}
+                return
+            talked = session.chat is not None
+            session.use(name)
+            updates: Updates = {
+                model_note: "",
+                notice: models.notice(name),
+                card: models.card(name),
+                **chat.suggest(name),
+            }
+            for tab in tabs:
+                updates |= tab.cleared()
+            if talked:
+                updates[chat.note] = note(f"New model: a new chat begins, with {name}.")
+            yield updates
+
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        box.picture.change(look, [state, box.picture], [box.picture, box.note, *cleared], **private)
+        picker.input(
+            choose,
+            [state, picker],
+            [picker, model_note, notice, card, *chat.suggestions, *cleared],
+            **private,
+        )
+    demo.queue(max_size=QUEUE, default_concurrency_limit=8)
+    demo.blip2_models = models
+    return demo

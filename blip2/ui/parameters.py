@@ -1,0 +1,117 @@
+"""The settings of one tab: every control of `Generation`, greyed out where the method ignores it."""
+
+from typing import Any
+
+import gradio as gr
+
+from blip2.generation import Generation
+
+METHODS = [
+    ("Beam search", "beam"),
+    ("Nucleus sampling", "nucleus"),
+    ("Greedy", "greedy"),
+]
+USED_BY = {
+    "num_beams": {"beam"},
+    "length_penalty": {"beam"},
+    "top_p": {"nucleus"},
+    "temperature": {"nucleus"},
+    "seed": {"nucleus"},
+    "num_captions": {"beam", "nucleus"},
+}
+WHOLE = {"num_beams", "num_captions", "max_new_tokens", "min_new_tokens", "seed"}
+
+
+class Parameters:
+    """A folded panel of settings.
+
+    Args:
+        defaults: where the controls stand at first.
+        several: offer more than one answer.
+    """
+
+    def __init__(self, defaults: Generation, *, several: bool = False):
+        method = defaults.method
+        self.controls: dict[str, Any] = {}
+        if several:
+            self._slider(defaults, "num_captions", "Captions", 1, 10, 1, "each is a line of its own")
+        with gr.Accordion("Settings", open=False, elem_classes="settings"):
+            self.controls["method"] = gr.Radio(
+                METHODS, value=method, label="Method", info="greedy and nucleus stream; beams cannot"
+            )
+            with gr.Row():
+                self._slider(defaults, "num_beams", "Beams", 1, 10, 1, "candidates kept at each step")
+                self._slider(defaults, "length_penalty", "Length penalty", -2, 2, 0.1, "below 0: shorter")
+            with gr.Row():
+                self._slider(defaults, "top_p", "Top p", 0.05, 1, 0.05, "probability mass to draw from")
+                self._slider(defaults, "temperature", "Temperature", 0.1, 2, 0.1, "higher: more varied")
+            with gr.Row():
+                self._slider(defaults, "max_new_tokens", "Longest answer", 1, 100, 1, "tokens")
+                self._slider(defaults, "min_new_tokens", "Shortest answer", 0, 100, 1, "tokens")
+            with gr.Row():
+                self._slider(
+                    defaults, "repetition_penalty", "Repetition penalty", 1, 3, 0.1, "above 1: fewer repeats"
+                )
+                self.controls["seed"] = gr.Number(
+                    value=defaults.seed,
+                    precision=0,
+                    minimum=0,
+                    maximum=2**53,
+                    label="Seed",
+                    info="same seed, same sample; empty: a new one each time",
+                    placeholder="random",
+                    interactive="seed" in _used(method),
+                    min_width=220,
+                )
+        changing = {name: control for name, control in self.controls.items() if name in USED_BY}
+        self.controls["method"].change(
+            lambda chosen: [gr.update(interactive=name in _used(chosen)) for name in changing],
+            self.controls["method"],
+            list(changing.values()),
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
+
+    def _slider(
+        self, defaults: Generation, name: str, label: str, low: float, high: float, step: float, info: str
+    ) -> None:
+        self.controls[name] = gr.Slider(
+            low,
+            high,
+            value=getattr(defaults, name),
+            step=step,
+            label=label,
+            info=info,
+            interactive=name in _used(defaults.method),
+            buttons=[],
+            min_width=220,
+        )
+
+    @property
+    def inputs(self) -> list[Any]:
+        """The controls, as inputs of an event."""
+        return list(self.controls.values())
+
+    def generation(self, values: tuple[Any, ...]) -> Generation:
+        """The settings that the controls' values mean; what the method ignores keeps its default.
+
+        Raises:
+            ValueError: a control was emptied, or its value fits no method.
+        """
+        chosen = dict(zip(self.controls, values, strict=True))
+        used = _used(str(chosen["method"]))
+        settings: dict[str, Any] = {}
+        for name, value in chosen.items():
+            if name not in used or (name == "seed" and value is None):
+                continue
+            if value is None:
+                raise ValueError(f"{self.controls[name].label} is empty: set it in Settings.")
+            settings[name] = int(value) if name in WHOLE else value
+        return Generation(**settings)
+
+
+def _used(method: str) -> set[str]:
+    """The settings that a method heeds."""
+    always = {"method", "max_new_tokens", "min_new_tokens", "repetition_penalty"}
+    return always | {name for name, methods in USED_BY.items() if method in methods}

@@ -1,0 +1,180 @@
+"""The app's command line: what may be served where, and the server's beginning and end."""
+
+import argparse
+import ipaddress
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+PORTS = range(7860, 7960)  # tried in this order where no port is asked for
+MAX_UPLOAD = "50mb"
+
+
+class UsageError(ValueError):
+    """Command line options that contradict each other or the place the app runs in."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve the page until Ctrl-C.
+
+    Raises:
+        SystemExit: 2 for wrong use, 1 if the app cannot start; Ctrl-C ends with 0.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `kill` and containers end programs
+    temporary = None
+    try:
+        options.host = options.host or ("0.0.0.0" if _on_spaces() else "127.0.0.1")
+        options.local = may_be_local(options.host, options.local)
+        if "GRADIO_TEMP_DIR" not in os.environ:  # a folder of our own: nothing uploaded outlives the app
+            temporary = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="blip2-app-")
+        _serve(options)
+    except UsageError as error:
+        parser.error(str(error))
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\nStopped.", flush=True)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave uploads behind
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            del os.environ["GRADIO_TEMP_DIR"]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("app.py", description="The BLIP-2 browser app.")
+    parser.add_argument("--host", help="address to listen on; default: 127.0.0.1, this machine only")
+    parser.add_argument("--port", type=int, help=f"default: the first free one from {PORTS[0]} on")
+    parser.add_argument(
+        "--model", help="the model that is open at first: a name, a Hub id in the cache, or a folder"
+    )
+    parser.add_argument(
+        "--local",
+        action=argparse.BooleanOptionalAction,
+        help="let visitors load released checkpoints and model folders of this machine; default: yes if "
+        "only this machine can reach the app",
+    )
+    return parser
+
+
+def _on_spaces() -> bool:
+    return bool(os.environ.get("SPACE_ID"))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def may_be_local(host: str, wanted: bool | None) -> bool:
+    """Whether visitors may name what lies on this machine.
+
+    Args:
+        host: address to listen on.
+        wanted: as asked for; None: wherever it is harmless.
+
+    Raises:
+        UsageError: it was asked for where strangers can reach the app.
+    """
+    private = is_loopback(host) and not _on_spaces()
+    if wanted and not private:
+        where = "a Space" if _on_spaces() else f"--host {host}"
+        raise UsageError(
+            f"--local would let strangers read this machine's folders, so it is refused on {where}; "
+            "leave --local away, or listen on 127.0.0.1"
+        )
+    return private if wanted is None else wanted
+
+
+def build(*, local: bool = False, model: str | None = None) -> "gr.Blocks":
+    """The page, not yet served.
+
+    Args:
+        local: visitors may load released checkpoints and model folders.
+        model: the one open at first; default: the embedded default.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it on import
+    from blip2.presets import DEFAULT
+    from blip2.ui.models import Models
+    from blip2.ui.page import page
+
+    return page(Models(model or DEFAULT, local=local))
+
+
+def launch(demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = None) -> str:
+    """Start to serve a page and return its address; the server runs in threads of its own.
+
+    Raises:
+        OSError: the port, or all that were tried, are taken.
+    """
+    from blip2.ui.examples import FOLDER
+    from blip2.ui.theme import CSS, THEME, favicon
+
+    options: dict[str, Any] = {
+        "theme": THEME,
+        "css": CSS,
+        "favicon_path": favicon(),
+        "quiet": True,
+        "prevent_thread_lock": True,
+        "share": False,
+        "allowed_paths": [str(FOLDER)],
+        "blocked_paths": [],
+        "max_file_size": MAX_UPLOAD,
+        "enable_monitoring": False,
+        "run_history": False,
+        "pwa": False,
+        "mcp_server": False,
+        "show_error": True,  # every error that reaches a visitor was worded by us (`session.friendly`)
+        "footer_links": ["gradio", "settings"],
+    }
+    try:
+        _, address, _ = demo.launch(server_name=host, server_port=port, **options)
+    except OSError as error:
+        tried = f"port {port} is" if port else f"ports {PORTS[0]} to {PORTS[-1]} are"
+        raise OSError(f"cannot listen on {host}: {tried} taken or not allowed ({error})") from error
+    return address.rstrip("/")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    if options.port is not None and not 0 < options.port < 65536:
+        raise UsageError(f"--port is {options.port}; allowed: 1 to 65535")
+    if sys.stdout.isatty():
+        print("Starting ...", end="\r", flush=True)
+    from blip2.devices import device_advice
+
+    demo = build(local=options.local, model=options.model)
+    models = demo.blip2_models
+    if options.model:
+        models.get(models.default)  # the operator named it: what is wrong with it is said now
+    try:
+        address = launch(demo, host=options.host, port=options.port)
+        if advice := device_advice():
+            print(advice, file=sys.stderr)
+        print(f"BLIP-2 is ready: {address}", flush=True)
+        if not is_loopback(options.host):
+            print("Others can reach it: they can upload pictures and use the models offered, no more.")
+        print("Ctrl-C ends it.", flush=True)
+        try:
+            models.get(models.default)  # while the visitor looks around
+        except ValueError as error:
+            print(error, file=sys.stderr)
+        threading.Event().wait()
+    finally:
+        demo.close(verbose=False)

@@ -1,0 +1,105 @@
+"""What the tabs have in common: a button that asks, one that stops, a line for what the app has to say."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from blip2.checkpoint import Loaded
+from blip2.ui.models import Models
+from blip2.ui.session import EXPECTED, Session, friendly
+from blip2.ui.words import note
+
+Updates = dict[Any, Any]  # component -> what to change
+QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+
+
+class Tab:
+    """Base of the tabs.
+
+    Args:
+        models: the shelf.
+        state: the visitor's `Session`.
+        picture: the picture component.
+    """
+
+    go: gr.Button
+    halt: gr.Button
+    note: gr.HTML
+
+    def __init__(self, models: Models, state: gr.State, picture: gr.Image):
+        self.models, self.state, self.picture = models, state, picture
+
+    def wire(
+        self,
+        triggers: list[Any],
+        run: Callable[..., Iterator[Updates]],
+        inputs: list[Any],
+        outputs: list[Any],
+    ) -> None:
+        """Let triggers start `run`, which yields updates; Stop ends it.
+
+        The stop is an event of its own, not gradio's cancelling: the run sees it within a token, ends by
+        itself, and leaves the page in order.
+        """
+
+        def guarded(session: Session, *values: Any) -> Iterator[Updates]:
+            try:
+                yield from run(session, *values)
+            except EXPECTED as error:
+                yield (
+                    self.idle(session)
+                    | self.after_error(session)
+                    | {self.note: note(friendly(error), "error")}
+                )
+
+        event = gr.on(
+            triggers,
+            guarded,
+            [self.state, self.picture, *inputs],
+            [self.go, self.halt, self.note, *outputs],
+            show_progress="hidden",
+            concurrency_id="model",
+            concurrency_limit=2,
+            api_visibility="private",
+        )
+        # what is left are bugs: without this the page would stay locked
+        event.failure(self.failed, self.state, [self.go, self.halt, self.note, *outputs], **QUIET)
+
+    def wire_stop(self) -> None:
+        """Let the stop button end the visitor's answer, whichever tab began it."""
+        self.halt.click(lambda session: session.stop(), self.state, None, **QUIET)
+
+    def busy(self, text: str) -> Updates:
+        """The page while an answer is under way."""
+        return {
+            self.go: gr.update(interactive=False),
+            self.halt: gr.update(visible=True),
+            self.note: note(text),
+        }
+
+    def idle(self, session: Session) -> Updates:
+        """The page when it can be asked again."""
+        return {self.go: gr.update(interactive=True), self.halt: gr.update(visible=False)}
+
+    def after_error(self, session: Session) -> Updates:
+        """What else to put right when an answer could not be had."""
+        return {}
+
+    def failed(self, session: Session) -> Updates:
+        """The page after a bug."""
+        return (
+            self.idle(session)
+            | self.after_error(session)
+            | {self.note: note("Something went wrong in the app; its log says what. Try again.", "error")}
+        )
+
+    def cleared(self) -> Updates:
+        """The tab as for a new picture or model."""
+        raise NotImplementedError
+
+
+def unknown_words(loaded: Loaded, text: str) -> str:
+    """A sentence on words of the prompt that a small vocabulary lacks, or nothing."""
+    words = list(dict.fromkeys(loaded.processor.unknown_words(text)))[:5]
+    return f"{loaded.name} has never seen: {', '.join(words)}." if words else ""

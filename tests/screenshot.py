@@ -1,0 +1,48 @@
+"""Take the README's picture of the app: `python tests/screenshot.py docs/app.png [dark|light] [phone]`."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+from serving import embedded, serving
+
+QUESTIONS = ("how many things are there?", "what color is the circle?")
+
+
+def main() -> None:
+    path, words = Path(sys.argv[1]), sys.argv[2:]
+    phone = "phone" in words
+    with serving(tiny=not embedded()) as app, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page(
+            viewport={"width": 390, "height": 844} if phone else {"width": 1280, "height": 800},
+            device_scale_factor=2 if phone else 1,
+            color_scheme="dark" if "dark" in words else "light",
+            is_mobile=phone,
+        )
+        page.goto(app.url)
+        page.get_by_placeholder("Ask about the picture; Enter sends").wait_for()
+        for number, question in enumerate(QUESTIONS, start=1):
+            page.get_by_placeholder("Ask about the picture; Enter sends").fill(question)
+            page.keyboard.press("Enter")
+            page.locator("[data-testid=bot]").nth(number - 1).wait_for()
+            page.get_by_role("button", name="Regenerate", exact=True).and_(
+                page.locator(":enabled")
+            ).wait_for()
+        for tab in {"caption", "instruct"} & set(words):
+            page.get_by_role("tab", name=tab.title()).click()
+        if "caption" in words:
+            page.get_by_role("button", name="Caption the picture").click()
+            page.locator("ol.captions li").first.wait_for()
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(600)  # for gradio's fades
+        path.parent.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=path, full_page=phone or "full" in words)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Serve the app in a child process, for browser tests and screenshots.
+
+    with serving("--no-local", tiny=True, pace=0.05) as app:  app.url, app.journal()
+
+Run as a program it is that child: it patches what the tests need to see and to slow down, then runs the app's
+own command line.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {"scenes-opt": "opt", "scenes-flan-t5": "t5"}
+
+
+def embedded() -> bool:
+    """Whether this clone has the embedded checkpoints."""
+    return all((ROOT / "blip2" / "assets" / name / "model.safetensors").is_file() for name in TINY)
+
+
+@dataclass
+class App:
+    """A running app."""
+
+    url: str
+    process: subprocess.Popen
+    folder: Path
+    lines: list[str]
+
+    def journal(self) -> dict[str, int]:
+        """How often the server has done what: "tokens" decoded, pictures "encoded", models "loaded"."""
+        path = self.folder / "journal.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+
+@contextlib.contextmanager
+def serving(*arguments: str, tiny: bool = True, pace: float = 0.0, **environment: str) -> Iterator[App]:
+    """Start the app, wait for its address, and end it as Ctrl-C does.
+
+    Args:
+        arguments: for the app.
+        tiny: on tiny random checkpoints in place of the embedded ones.
+        pace: seconds that a token takes at least.
+        environment: changes to the child's.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        child = [sys.executable, "-u", __file__, f"--folder={folder}", f"--pace={pace}"]
+        child += ["--tiny"] * tiny + ["--", *arguments]
+        settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(folder / "uploads")}
+        process = subprocess.Popen(
+            child, cwd=ROOT, env={**os.environ, **settings, **environment}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        lines: queue.Queue[str | None] = queue.Queue()
+        seen: list[str] = []
+
+        def read() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                seen.append(line)
+                lines.put(line)
+            lines.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        try:
+            url, deadline = "", time.monotonic() + 90
+            while not url:
+                line = lines.get(timeout=max(0.1, deadline - time.monotonic()))
+                if line is None:
+                    raise RuntimeError(f"the app ended with {process.wait()}: {''.join(seen)}")
+                if "ready: " in line:
+                    url = line.split("ready: ")[1].strip()
+            yield App(url, process, folder, seen)
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+
+
+def _child() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--pace", type=float)
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("rest", nargs="*")
+    options = parser.parse_args()
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import blip2.chat
+    import blip2.generation
+    from blip2 import checkpoint
+    from blip2.model import Blip2
+    from blip2.presets import Preset
+
+    counts: dict[str, int] = {}
+    lock = threading.Lock()
+
+    def count(what: str) -> None:
+        with lock:
+            counts[what] = counts.get(what, 0) + 1
+            partial = options.folder / "journal.part"
+            partial.write_text(json.dumps(counts))
+            partial.replace(options.folder / "journal.json")
+
+    decode, encode, load, beam = (
+        blip2.generation.decode, Blip2.encode_image, checkpoint.load, blip2.generation.Stop.__call__
+    )  # fmt: skip
+
+    def slow_decode(*arguments, **settings):
+        for token in decode(*arguments, **settings):
+            count("tokens")
+            time.sleep(options.pace)
+            yield token
+
+    def slow_beam(self, *arguments, **settings):
+        count("tokens")
+        time.sleep(options.pace)
+        return beam(self, *arguments, **settings)
+
+    def counted(what, function):
+        def call(*arguments, **settings):
+            count(what)
+            return function(*arguments, **settings)
+
+        return call
+
+    blip2.chat.decode = blip2.generation.decode = slow_decode
+    blip2.generation.Stop.__call__ = slow_beam
+    Blip2.encode_image = counted("encoded", encode)
+    checkpoint.load = counted("loaded", load)
+    if options.tiny:
+        import tiny
+
+        from blip2.processing import Processor
+
+        for name, family in TINY.items():
+            processor = Processor(
+                tiny.tokenizer(family), family=family, image_size=tiny.IMAGE_SIZE,
+                num_query_tokens=tiny.NUM_QUERIES, context=96 if family == "opt" else None,
+            )  # fmt: skip
+            checkpoint.save(tiny.ours(family), processor, options.folder / name)
+        Preset.folder = property(lambda self: None if self.repo_id else options.folder / self.name)
+    from blip2.ui import main
+
+    main(options.rest)
+
+
+if __name__ == "__main__":
+    _child()
