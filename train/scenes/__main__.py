@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -33,6 +34,26 @@ def encoder(args: argparse.Namespace) -> None:
     pretrain_encoder(args.out, steps=args.steps, seed=args.seed, batch_size=args.batch_size)
 
 
+def build(args: argparse.Namespace) -> None:
+    """Train whatever is missing of the embedded checkpoints, and put them into the package."""
+    from train.scenes.build import PhaseError, pack, run_phases
+
+    try:
+        run_phases(args.jobs)
+    except PhaseError as error:
+        raise SystemExit(f"error: {error}") from None
+    pack(args.scenes)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Print the figures of a checkpoint as JSON."""
+    from blip2 import checkpoint
+    from train.scenes.evaluate import figures
+
+    loaded = checkpoint.load(args.model, precision="float32", device="cpu")
+    print(json.dumps(figures(loaded, args.scenes, args.split), indent=2))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m train.scenes", description=__doc__)
@@ -56,6 +77,17 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--threads", type=int, default=1)
     command.set_defaults(run=encoder)
+
+    command = commands.add_parser("build", help="train the embedded checkpoints from nothing; resumable")
+    command.add_argument("--jobs", type=int, default=2, help="phases side by side, a thread each")
+    command.add_argument("--scenes", type=int, default=500, help="validation scenes of the model cards")
+    command.set_defaults(run=build)
+
+    command = commands.add_parser("evaluate", help="print the figures of a checkpoint")
+    command.add_argument("--model", default="scenes-opt", help="embedded name or folder")
+    command.add_argument("--split", choices=SPLITS, default="validation")
+    command.add_argument("--scenes", type=int, default=500)
+    command.set_defaults(run=evaluate)
     return top
 
 

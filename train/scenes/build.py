@@ -1,0 +1,145 @@
+"""All of the drawn world from nothing, by one command: `python -m train.scenes build`.
+
+    encoder ----------> stage1 --+--> stage2-opt -------> blip2/assets/scenes-itm, scenes-opt, scenes-flan-t5
+    opt, t5 (text only) ---------+--> stage2-flan-t5
+
+Every phase is a command of its own that uses one thread, goes on where it was stopped, and ends in a folder;
+two run side by side. Stage 1 and 2 are `train.pretrain`'s, the same code that trains BLIP-2 at full size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from blip2 import checkpoint
+
+RUNS = Path("runs/scenes")
+ASSETS = Path("blip2/assets")
+EMBEDDED = {"scenes-itm": "stage1", "scenes-opt": "stage2-opt", "scenes-flan-t5": "stage2-flan-t5"}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A command, the phases it starts from, and the file that tells it is done."""
+
+    command: tuple[str, ...]
+    needs: tuple[str, ...]
+    product: str
+
+
+PHASES = {
+    "encoder": Phase(("train.scenes", "encoder"), (), "model.safetensors"),
+    "opt": Phase(("train.scenes.language", "opt"), (), "model.safetensors"),
+    "t5": Phase(("train.scenes.language", "t5"), (), "model.safetensors"),
+    "stage1": Phase(("train.pretrain", "scenes-stage1"), ("encoder",), "model/model.safetensors"),
+    "stage2-opt": Phase(
+        ("train.pretrain", "scenes-stage2-opt"), ("stage1", "opt"), "model/model.safetensors"
+    ),
+    "stage2-flan-t5": Phase(
+        ("train.pretrain", "scenes-stage2-flan-t5"), ("stage1", "t5"), "model/model.safetensors"
+    ),
+}
+
+
+class PhaseError(RuntimeError):
+    """A phase failed; its log says why."""
+
+
+def run_phase(name: str) -> float:
+    """Run one phase to its end; returns the minutes it took. Its output goes to runs/scenes/NAME.log."""
+    folder, log = RUNS / name, RUNS / f"{name}.log"
+    folder.mkdir(parents=True, exist_ok=True)
+    flag = "--output" if PHASES[name].command[0] == "train.pretrain" else "--out"
+    started = time.monotonic()
+    with log.open("a", encoding="utf-8") as file:
+        code = subprocess.run(
+            [sys.executable, "-u", "-m", *PHASES[name].command, flag, str(folder)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=False,
+        ).returncode
+    if code or not (folder / PHASES[name].product).exists():
+        raise PhaseError(
+            f"phase {name} ended with exit code {code}; see {log}. The same command goes on from there"
+        )
+    return (time.monotonic() - started) / 60
+
+
+def run_phases(jobs: int = 2) -> None:
+    """Run what is not done yet, `jobs` phases at a time, in the order of PHASES where they do not depend."""
+    done = {name for name, phase in PHASES.items() if (RUNS / name / phase.product).exists()}
+    for name in done:
+        print(f"{name}: done before, in {RUNS / name}", flush=True)
+    running: dict[Future[float], str] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while len(done) < len(PHASES):
+            for name, phase in PHASES.items():
+                free = len(running) < jobs and name not in done and name not in running.values()
+                if free and done.issuperset(phase.needs):
+                    print(f"{name}: started, log in {RUNS / name}.log", flush=True)
+                    running[pool.submit(run_phase, name)] = name
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                name = running.pop(future)
+                print(f"{name}: done in {future.result():.0f} minutes", flush=True)
+                done.add(name)
+
+
+def pack(scenes: int) -> None:
+    """Write the finished models into the package as float16 files, with a model card of figures each."""
+    from train.scenes.evaluate import figures
+
+    torch.set_num_threads(1)
+    for name, phase in EMBEDDED.items():
+        trained = checkpoint.load(RUNS / phase / "model", precision="float32", device="cpu")
+        folder = checkpoint.save(trained.model, trained.processor, ASSETS / name, weights_dtype="float16")
+        packed = checkpoint.load(
+            folder, precision="float32", device="cpu"
+        )  # what users get, rounding included
+        found: dict[str, Any] = {"validation": figures(packed, scenes, "validation")}
+        (folder / "figures.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+        (folder / "README.md").write_text(card(name, phase, folder, found), "utf-8")
+        print(f"{name}: {json.dumps(found)}", flush=True)
+
+
+def card(name: str, phase: str, folder: Path, found: dict[str, Any]) -> str:
+    """A model card: what it is, how large, how it was trained, and its figures."""
+    config = json.loads((RUNS / phase / "config.json").read_text("utf-8"))
+    state = load_file(folder / "model.safetensors")
+    parameters = sum(tensor.numel() for tensor in state.values())
+    size = (folder / "model.safetensors").stat().st_size / 1e6
+    rows = [
+        f"| {split} | {suite} | {metric} | {value:.3f} |"
+        for split, suites in found.items()
+        for suite, metrics in suites.items()
+        for metric, value in metrics.items()
+    ]
+    return "\n".join(
+        [
+            f"# {name}",
+            "",
+            "A tiny BLIP-2 that knows drawn scenes only: 64-pixel pictures of one to four colored shapes.",
+            f"{parameters:,} parameters, {size:.1f} MB in float16.",
+            "",
+            f"Trained from nothing by `python -m train.scenes build`: seed {config['fit']['seed']}, "
+            f"batches of {config['batch_size']}, at most {config['fit']['steps']} steps in the last phase.",
+            "No visual question was ever trained: answers are zero-shot, by the frozen language model.",
+            "",
+            "| split | suite | metric | value |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
