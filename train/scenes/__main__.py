@@ -26,6 +26,13 @@ def show(args: argparse.Namespace) -> None:
     print(f"wrote {args.out}: {args.rows * args.columns} scenes of split {args.split}")
 
 
+def draw(args: argparse.Namespace) -> None:
+    """Write one scene as a picture."""
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(render(sample(args.seed, args.split), args.size)).save(args.out)
+    print(f"wrote {args.out}")
+
+
 def encoder(args: argparse.Namespace) -> None:
     """Pretrain the image encoder, or go on with it."""
     from train.scenes.encoder import pretrain_encoder
@@ -67,6 +74,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--resolution", type=int, default=64, help="pixels a scene is drawn at")
     command.add_argument("--size", type=int, default=128, help="pixels a scene takes on the sheet")
     command.set_defaults(run=show)
+
+    command = commands.add_parser("draw", help="write one scene as a picture")
+    command.add_argument("--out", type=Path, required=True, help="picture file to write")
+    command.add_argument("--split", choices=SPLITS, default="test")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--size", type=int, default=256, help="pixels a side")
+    command.set_defaults(run=draw)
 
     command = commands.add_parser("encoder", help="pretrain the image encoder (half an hour on one core)")
     command.add_argument(
