@@ -236,7 +236,7 @@ def _load_model(layout: Layout, precision: str, device: torch.device) -> Blip2 |
         dtype = DTYPES[half_precision(device, layout.config.text_config.model_type)]
         if not getattr(layout.config, "quantization_config", None):
             options["quantization_config"] = _quantization(precision, dtype, _awkward(layout, device))
-    with _quiet(progress=layout.num_parameters > SMALL):
+    with quiet(progress=layout.num_parameters > SMALL):
         model, info = model_class.from_pretrained(
             layout.folder,
             config=layout.config,
@@ -245,11 +245,11 @@ def _load_model(layout: Layout, precision: str, device: torch.device) -> Blip2 |
             key_mapping=layout.renames,
             variant=layout.variant,
             local_files_only=True,
-            ignore_mismatched_sizes=True,  # so that `_check` can report all of them
+            ignore_mismatched_sizes=True,  # so that `check_loading` can report all of them
             output_loading_info=True,
             **options,
         )
-    _check(layout, info)
+    check_loading(layout, info)
     model.config.dtype = dtype
     return model
 
@@ -284,7 +284,7 @@ def _quantization(precision: str, dtype: torch.dtype, awkward: list[str]) -> Any
     )
 
 
-def _check(layout: Layout, info: dict[str, Any]) -> None:
+def check_loading(layout: Layout, info: dict[str, Any]) -> None:
     """Stop unless every tensor found its place and every place its tensor."""
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     if layout.stage1 and missing >= STAGE1_EXTRAS:
@@ -328,7 +328,7 @@ def _notes(layout: Layout, precision: str) -> list[str]:
 
 
 @contextmanager
-def _quiet(progress: bool) -> Iterator[None]:
+def quiet(progress: bool = False) -> Iterator[None]:
     """Silence what transformers says about keys, as we report them ourselves."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

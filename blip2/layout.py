@@ -256,10 +256,12 @@ def describe(shapes: dict[str, tuple[int, ...]]) -> str:
         facts += [f"{kind} language model of width {projection[0]}"]
     if "itm_head.weight" in shapes:
         facts += ["an image-text matching head"]
-    family = "t5" if "language_model.shared.weight" in shapes else "opt"
+    families = ("opt", "t5")
+    if any(name.startswith("language_model.") for name in shapes):
+        families = ("t5",) if "language_model.shared.weight" in shapes else ("opt",)
     for preset in PRESETS.values():
         width = preset.text_size[0] if preset.text_size else None
-        same = projection and (width, preset.language_model) == (projection[0], family)
+        same = bool(projection) and width == projection[0] and preset.language_model in families
         same = same or (preset.kind == "match" and "itm_head.weight" in shapes)
         if same and preset.repo_id and preset.image_size == image and patch and patch[0] == 1408:
             return f"the weights have {', '.join(facts)}: the config.json of {preset.repo_id} would fit"
