@@ -63,6 +63,7 @@ class PatchEmbeddings(nn.Module):
         self.image_size, self.patch_size = config.image_size, config.patch_size
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+        self.align_corners = getattr(config, "pre_layernorm", False)  # LAVIS: with CLIP, not with EVA-CLIP
         width, num_patches = config.hidden_size, (self.image_size // self.patch_size) ** 2
         self.class_embedding = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02))
         self.position_embedding = nn.Parameter(
@@ -86,18 +87,20 @@ class PatchEmbeddings(nn.Module):
         tokens = torch.cat([self.class_embedding.to(patches).expand(len(patches), -1, -1), patches], dim=1)
         positions: Tensor = self.position_embedding
         if tokens.shape[1] != positions.shape[1]:
-            positions = interpolate_positions(positions, *grid)
+            positions = interpolate_positions(positions, *grid, self.align_corners)
         return tokens + positions.to(tokens)
 
 
-def interpolate_positions(position_embedding: Tensor, rows: int, columns: int) -> Tensor:
+def interpolate_positions(
+    position_embedding: Tensor, rows: int, columns: int, align_corners: bool = False
+) -> Tensor:
     """Learned positions (1, 1 + old patches, V) resized to rows x columns; the class token keeps its own.
 
-    Bicubic in float32 without aligned corners, as EVA-CLIP's loader does it; the old grid is square.
+    Bicubic in float32, as LAVIS's loaders do it; the old grid is square.
     """
     old = int((position_embedding.shape[1] - 1) ** 0.5)
     grid = position_embedding[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+    grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=align_corners)
     grid = grid.permute(0, 2, 3, 1).flatten(1, 2).to(position_embedding.dtype)
     return torch.cat([position_embedding[:, :1], grid], dim=1)
 
