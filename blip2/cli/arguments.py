@@ -74,9 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     convert = command("convert", "checkpoints", "turn a LAVIS .pth file into a folder that loads here")
     convert.add_argument("pth", metavar="PTH", help="the LAVIS checkpoint")
-    convert.add_argument("folder", metavar="FOLDER", help="where to write; must not exist yet")
+    convert.add_argument("folder", metavar="FOLDER", help="where to write: a new folder")
     convert.add_argument("--llm", metavar="MODEL", help="folder or Hub id of the frozen language model")
-    convert.add_argument("--vision", metavar="PTH", help="file of the frozen image encoder's weights")
+    convert.add_argument("--vision", metavar="PTH", help="eva_vit_g.pth or clip_vit_L.pth, if PTH has none")
+    convert.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id (the language model's)")
+    convert.add_argument("--dtype", choices=PRECISIONS[1:4], default="float32", help="of the new folder")
 
     info = command("info", "checkpoints", "list the models, or describe one: parameters, sizes, memory")
     info.add_argument("model", nargs="?", metavar="MODEL", help="a name, a folder, or a Hub id in the cache")

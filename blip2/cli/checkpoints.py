@@ -1,7 +1,7 @@
 """`info` and `convert`: the checkpoints there are, what one is made of, and LAVIS files as folders."""
 
 import argparse
-from pathlib import Path
+from collections import Counter
 from typing import Any
 
 import torch
@@ -141,7 +141,8 @@ def _parts(model: Blip2Base, stored: set[str] | None) -> dict[str, int]:
     for path, count in counts.items():
         part = "stage 1's own head" if path in STAGE1_EXTRAS else PARTS.get(path.split(".")[0], "heads")
         parts[part] = parts.get(part, 0) + count
-    return parts
+    order = [*PARTS.values(), *parts]
+    return dict(sorted(parts.items(), key=lambda item: order.index(item[0])))
 
 
 def _trainable(model: Blip2Base) -> dict[str, int]:
@@ -231,10 +232,15 @@ def _size(num_bytes: int) -> str:
 
 
 def convert(args: argparse.Namespace, console: Console) -> int:
-    """Turn a LAVIS file into a folder."""
+    """Turn a LAVIS file into a folder, and account for every entry of it."""
     from blip2.convert import convert as convert_file
 
-    folder = Path(args.folder)
-    convert_file(Path(args.pth), folder, llm=args.llm, vision=args.vision)
-    console.show({"folder": str(folder)}, [f"wrote {folder}"])
+    console.note(f"converting {args.pth}; the released sizes take some minutes")
+    done = convert_file(
+        args.pth, args.folder, llm=args.llm, vision=args.vision, tokenizer=args.tokenizer, dtype=args.dtype
+    )
+    line = f"wrote {done.folder}: {done.mapped} entries taken over, {len(done.dropped)} left out"
+    reasons = [f"  {count} left out: {reason}" for reason, count in Counter(done.dropped.values()).items()]
+    document = {"folder": str(done.folder), "mapped": done.mapped, "dropped": done.dropped}
+    console.show(document, [line, *reasons])
     return 0
