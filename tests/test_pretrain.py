@@ -236,7 +236,7 @@ def stage1(parts, tmp_path_factory):
     small = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(QFORMER).items()]
     arguments = [
         "scenes-stage1",
-        "--start",
+        "--start-from",
         f"{parts / 'encoder'}",
         "--output",
         f"{output}",
@@ -276,7 +276,7 @@ def test_another_run_in_the_folder(stage1, capsys):
 @pytest.mark.parametrize("family", ["opt", "t5"])
 def test_stage2_command(family, stage1, parts, tmp_path):
     name = {"opt": "scenes-stage2-opt", "t5": "scenes-stage2-flan-t5"}[family]
-    start = ["--start", f"{stage1[0] / 'model'}", "--language-model", f"{parts / family}"]
+    start = ["--start-from", f"{stage1[0] / 'model'}", "--language-model", f"{parts / family}"]
     assert pretrain.main([name, *start, "--output", f"{tmp_path / 'run'}", *OPTIONS]) == 0
     loaded = load(tmp_path / "run" / "model", device="cpu")
     before = load(stage1[0] / "model", device="cpu").model
@@ -297,7 +297,7 @@ def test_stage2_command(family, stage1, parts, tmp_path):
 
 def test_stage2_wants_stage1(stage1, parts, tmp_path):
     recipe = dataclasses.replace(
-        recipes.scenes_stage2_opt(), start=str(parts / "opt"), language_model=str(parts / "opt"), fit=FIT
+        recipes.scenes_stage2_opt(), start_from=str(parts / "opt"), language_model=str(parts / "opt"), fit=FIT
     )
     with pytest.raises(ValueError, match="opt"):
         pretrain.run(dataclasses.replace(recipe, output=str(tmp_path / "run")))

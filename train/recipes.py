@@ -74,7 +74,7 @@ class Recipe:
     """One run of one pre-training stage."""
 
     stage: Literal[1, 2]
-    start: str
+    start_from: str
     """Stage 1: folder of a pretrained image encoder. Stage 2: folder of a finished stage-1 model."""
     data: Scenes | Shards
     batch_size: int
@@ -105,7 +105,7 @@ class Recipe:
         """What the run needs and does not find, one line each."""
         what = "a pretrained image encoder" if self.stage == 1 else "a finished stage-1 model"
         named = [
-            (what, self.start),
+            (what, self.start_from),
             ("a tokenizer", self.tokenizer),
             ("BERT weights", self.bert),
             ("a language model", self.language_model),
@@ -136,7 +136,7 @@ WEB_IMAGES = Shards(
 def _paper_stage1(encoder: str, batch_size: int) -> Recipe:
     return Recipe(
         stage=1,
-        start=f"weights/{encoder}",
+        start_from=f"weights/{encoder}",
         tokenizer="weights/bert-base-uncased",
         bert="weights/bert-base-uncased",  # [P 3.1]
         data=WEB_IMAGES,
@@ -166,7 +166,7 @@ def stage1_vitl() -> Recipe:
 def _paper_stage2(language_model: str, batch_size: int) -> Recipe:
     return Recipe(
         stage=2,
-        start="runs/stage1-vitg/model",
+        start_from="runs/stage1-vitg/model",
         language_model=f"weights/{language_model}",
         data=WEB_IMAGES,
         batch_size=batch_size,
@@ -206,7 +206,7 @@ def scenes_stage1() -> Recipe:
     """Stage 1 of the drawn world, on one CPU core."""
     return Recipe(
         stage=1,
-        start="runs/scenes/encoder",
+        start_from="runs/scenes/encoder",
         data=Scenes(),
         batch_size=96,
         max_text_length=16,  # the longest caption has 14 tokens
@@ -216,6 +216,7 @@ def scenes_stage1() -> Recipe:
             num_attention_heads=6,
             intermediate_size=576,
             image_text_hidden_size=96,
+            dropout=0.0,  # every caption is new, and drawing masks takes a quarter of the time
         ),
         fit=FitConfig(
             steps=2_000,
@@ -236,7 +237,7 @@ def scenes_stage1() -> Recipe:
 def _scenes_stage2(language_model: str, output: str) -> Recipe:
     return Recipe(
         stage=2,
-        start="runs/scenes/stage1/model",
+        start_from="runs/scenes/stage1/model",
         language_model=language_model,
         data=Scenes(),
         batch_size=64,
