@@ -22,12 +22,11 @@ from blip2.devices import choose_device
 from blip2.layout import (
     LEFTOVERS,
     STAGE1_EXTRAS,
-    VARIANT,
     CheckpointError,
     Layout,
     describe,
+    is_complete,
     read_layout,
-    weight_files,
 )
 from blip2.model import Blip2
 from blip2.presets import DEFAULT, PRECISIONS, Preset, resolve, suggestions
@@ -164,15 +163,14 @@ def _cached_or_downloaded(
     """The local copy of a Hub repository."""
     try:
         folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
-        weight_files(folder, VARIANT if (folder / f"model.{VARIANT}.safetensors").exists() else None)
-        if (folder / "config.json").is_file():
+        if is_complete(folder):  # and no download that was broken off
             return folder
-    except (LocalEntryNotFoundError, CheckpointError):
-        pass  # not there, or a download that was broken off
+    except LocalEntryNotFoundError:
+        pass
     except HFValidationError as error:
         raise CheckpointError(f"{repo_id!r} is not a Hub id: {error}") from error
-    options = f" --revision {revision}" if revision else ""
-    command = f'hf download {repo_id}{options} --exclude "*.bin"'
+    command = f"hf download {repo_id}" + (f" --revision {revision}" if revision else "")
+    command += ' --exclude "*.bin"' if preset else ""  # the releases hold every weight twice
     size = f" ({preset.download_bytes / 1e9:.1f} GB)" if preset else ""
     if local_files_only or constants.HF_HUB_OFFLINE:
         raise CheckpointError(
@@ -301,9 +299,7 @@ def check_loading(layout: Layout, info: dict[str, Any]) -> None:
     if info.get("error_msgs"):
         parts.append(_first([str(message) for message in info["error_msgs"]]))
     if parts:
-        raise CheckpointError(
-            f"{layout.folder}: {'; '.join(parts)}. By their shapes {describe(layout.shapes)}"
-        )
+        raise CheckpointError(f"{layout.folder}: {'; '.join(parts)}. {describe(layout.shapes)}".strip())
 
 
 def _first(items: list[str]) -> str:

@@ -90,7 +90,7 @@ def convert(
         raw |= {
             f"visual_encoder.{name.removeprefix('visual_encoder.')}": value for name, value in tower.items()
         }
-    depth = config.vision_config.num_hidden_layers if config else None  # type: ignore[union-attr]
+    depth = config.vision_config.num_hidden_layers if config else None
     state, dropped = rename(raw, depth, source=str(pth))
     mapped = len(raw) - len(dropped)
     stage1 = "language_projection.weight" not in state
@@ -103,7 +103,7 @@ def convert(
     settings = config or infer_config(state, language_model.config if language_model else None)
     settings.image_token_index = words.convert_tokens_to_ids("<image>")
     if not stage1 and settings.use_decoder_only_language_model:
-        settings.text_config.eos_token_id = words("\n", add_special_tokens=False)["input_ids"][-1]  # type: ignore[union-attr]
+        settings.text_config.eos_token_id = words("\n", add_special_tokens=False)["input_ids"][-1]
     check_config(settings, str(pth))
 
     model = _fill(state, settings, stage1, dtype, pth)
@@ -111,7 +111,7 @@ def convert(
     processor = Processor(
         words,
         family="bert" if stage1 else "opt" if settings.use_decoder_only_language_model else "t5",
-        image_size=settings.vision_config.image_size,  # type: ignore[union-attr,arg-type]
+        image_size=settings.vision_config.image_size,
         num_query_tokens=settings.num_query_tokens,
         context=None if stage1 else getattr(text, "max_position_embeddings", None),
         qformer_tokenizer=question_words,

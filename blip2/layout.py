@@ -88,8 +88,8 @@ def read_layout(folder: Path) -> Layout:
     Raises:
         CheckpointError: files are missing or broken, or the configuration contradicts itself.
     """
-    raw = _read_json(folder / "config.json")
-    variant = VARIANT if raw.get("model_type") == "blip2-any" else None
+    raw = read_json(folder / "config.json")
+    variant = _variant(raw)
     shapes = _read_shapes(folder, variant)
     config = parse_config(raw, folder)
     text_raw = raw.get("text_config") or {}
@@ -239,7 +239,7 @@ def stored_name(name: str, model_type: str) -> str:
 
 
 def describe(shapes: dict[str, tuple[int, ...]]) -> str:
-    """A sentence on what model a set of weights is of, for use in an error message."""
+    """A sentence on what model a set of weights is of, for error messages; "" if they tell nothing."""
     facts: list[str] = []
     patch = shapes.get("vision_model.embeddings.patch_embedding.weight")
     position = shapes.get("vision_model.embeddings.position_embedding")
@@ -252,22 +252,21 @@ def describe(shapes: dict[str, tuple[int, ...]]) -> str:
         facts += [f"{queries[1]} queries of width {queries[2]}"]
     projection = shapes.get("language_projection.weight")
     if projection:
-        kind = "an encoder-decoder" if "language_model.shared.weight" in shapes else "a decoder"
-        facts += [f"{kind} language model of width {projection[0]}"]
+        facts += [f"a language model of width {projection[0]}"]
     if "itm_head.weight" in shapes:
         facts += ["an image-text matching head"]
-    families = ("opt", "t5")
+    wrong = ""  # the family that the language model, if there is one, is not of
     if any(name.startswith("language_model.") for name in shapes):
-        families = ("t5",) if "language_model.shared.weight" in shapes else ("opt",)
+        wrong = "opt" if "language_model.shared.weight" in shapes else "t5"
     for preset in PRESETS.values():
-        width = preset.text_size[0] if preset.text_size else None
-        same = bool(projection) and width == projection[0] and preset.language_model in families
-        same = same or (preset.kind == "match" and "itm_head.weight" in shapes)
+        if preset.kind == "match":
+            same = "itm_head.weight" in shapes
+        else:
+            width = preset.text_size[0] if preset.text_size else None
+            same = projection is not None and width == projection[0] and preset.language_model != wrong
         if same and preset.repo_id and preset.image_size == image and patch and patch[0] == 1408:
-            return f"the weights have {', '.join(facts)}: the config.json of {preset.repo_id} would fit"
-    return (
-        f"the weights have {', '.join(facts)}: take the config.json that was saved with them" if facts else ""
-    )
+            return f"The weights have {', '.join(facts)}: the config.json of {preset.repo_id} would fit"
+    return f"The weights have {', '.join(facts)}: use the config.json saved with them" if facts else ""
 
 
 def _is_stage1(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: Path) -> bool:
@@ -284,7 +283,12 @@ def _is_stage1(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: 
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing or broken.
+    """
     if not path.is_file():
         hint = ""
         if (path.parent / "adapter_config.json").is_file():
@@ -297,6 +301,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(contents, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(contents).__name__}")
     return contents
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds a configuration and all weight files, as a finished download does."""
+    try:
+        return bool(weight_files(folder, _variant(read_json(folder / "config.json"))))
+    except CheckpointError:
+        return False
+
+
+def _variant(raw: dict[str, Any]) -> str | None:
+    return VARIANT if raw.get("model_type") == "blip2-any" else None
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -313,7 +329,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         if (folder / single).is_file():
             return [folder / single]
         if (folder / index).is_file():
-            names = _read_json(folder / index).get("weight_map")
+            names = read_json(folder / index).get("weight_map")
             if not isinstance(names, dict) or not names:
                 raise CheckpointError(f"{folder / index} has no weight_map")
             files = [folder / Path(name).name for name in sorted(set(names.values()))]
@@ -385,7 +401,7 @@ def read_pickle(file: Path, meta: bool = False) -> dict[str, Any]:
 def _check_processor(folder: Path, config: Blip2Config) -> None:
     """Hold the number of queries that the processor writes into prompts to the model's."""
     path = folder / "processor_config.json"
-    count = _read_json(path).get("num_query_tokens") if path.is_file() else None
+    count = read_json(path).get("num_query_tokens") if path.is_file() else None
     if count is not None and count != config.num_query_tokens:
         raise CheckpointError(
             f"{folder}: processor_config.json says num_query_tokens {count}, config.json says "

@@ -42,8 +42,12 @@ def save(
         max_shard_size: of a weight file.
 
     Raises:
-        CheckpointError: `folder` is a file, or holds other things than a checkpoint.
+        CheckpointError: `folder` is a file, or holds other things than one; the model wears an adapter.
     """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise CheckpointError(
+            "this model wears an adapter, which has no place in a checkpoint: save it with peft, or merge it"
+        )
     target = Path(folder)
     if target.is_file() or (
         target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file()

@@ -153,8 +153,9 @@ def test_bin_files(folder):
     path = folder()
     torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
+    expected = tiny.ours("opt").state_dict()
     loaded = load(path, device="cpu").model.state_dict()
-    assert all(torch.equal(value, tiny.ours("opt").state_dict()[name]) for name, value in loaded.items())
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
 
 
 def test_save_is_all_or_nothing(tmp_path, monkeypatch):
@@ -191,10 +192,14 @@ def test_half_size_storage(tmp_path):
     assert theirs.query_tokens.dtype == torch.float32
 
 
-def test_another_encoder_is_refused_by_transformers(tmp_path):
+@pytest.mark.parametrize("kind", ["clip of LAVIS", "AutoModel"])
+def test_another_encoder_is_refused_by_transformers(tmp_path, kind):
+    """It would read such a folder as `blip-2`, with random weights; so it must find none."""
     raw = tiny.config("opt").to_dict()
     raw.pop("model_type")
     raw["vision_config"] |= {"pre_layernorm": True, "patch_bias": False, "hidden_act": "quick_gelu"}
+    if kind == "AutoModel":
+        raw["vision_config"] |= {"model_type": "clip_vision_model"}
     model = tiny.randomize(Blip2(Blip2AnyConfig(**raw)))
     folder = save(model, make_processor("opt"), tmp_path / "clip")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "blip2-any"
@@ -355,6 +360,8 @@ def test_adapter(originals, tmp_path):
         plain = load(originals("opt"), device="cpu").model(tiny.pixels(1), **text).logits
         assert torch.allclose(adapted(tiny.pixels(1), **text).logits, expected, atol=1e-6)
         assert not torch.allclose(plain, expected, atol=1e-2)
+    with pytest.raises(CheckpointError, match="wears an adapter"):
+        save(adapted, make_processor("opt"), tmp_path / "both")
     refuse(originals("opt"), "holds no adapter_config.json", adapter=originals("opt"))
     refuse(tmp_path / "lora", "holds no config.json", "pass this folder as `adapter`")
 
@@ -509,13 +516,11 @@ def cache(root, repo, source, complete=True):
 
 
 def test_hub_ids(originals, tmp_path, monkeypatch):
-    for module in (constants, __import__("huggingface_hub")._snapshot_download.constants):
-        monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     missing = ["is not in the cache", 'hf download Salesforce/blip2-opt-2.7b --exclude "*.bin"', "(15.0 GB)"]
     refuse("blip2-opt-2.7b", *missing)
     assert not checkpoint.is_available("blip2-opt-2.7b")
-    refuse("someone/blip2-own", "hf download someone/blip2-own", revision="v1")
+    refuse("someone/blip2-own", "hf download someone/blip2-own --revision v1", revision="v1")
     cache(tmp_path, "someone/blip2-own", originals("opt"))
     assert checkpoint.is_available("someone/blip2-own")
     loaded = load("someone/blip2-own", device="cpu")

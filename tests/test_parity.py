@@ -27,7 +27,7 @@ def close(a, b, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """family -> [(ours, theirs, processor)] of equal weights: saved by them, loaded by us; and the reverse."""
+    """family -> [(ours, theirs, processor)] of equal weights: saved by them, loaded by us; and back."""
     made = {}
 
     def get(family):
