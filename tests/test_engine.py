@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from train import state
-from train.engine import FitConfig, NonFiniteError, fit
+from train.engine import FitConfig, NonFiniteError, fit, make_accelerator
 from train.loader import IndexLoader
 
 CONFIG = FitConfig(
@@ -350,6 +350,13 @@ def test_bf16_trains_close_to_fp32(whole, tmp_path):
         (a - b).abs().max().item() for a, b in zip(other.parameters(), toy.parameters(), strict=True)
     )
     assert 0 < distance < 0.05
+
+
+def test_an_accelerator_of_another_precision(tmp_path):
+    with pytest.raises(ValueError, match="precision is bf16, the accelerator's no"):
+        config = dataclasses.replace(CONFIG, precision="bf16")
+        fit(Toy(), loader(), config, tmp_path / "run", accelerator=make_accelerator("fp32", cpu=True))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

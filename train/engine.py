@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -30,6 +27,7 @@ from torch import Tensor, nn
 from train import distributed, optim, state
 from train.loader import Batch, Loader
 from train.log import Log, Window
+from train.stop import Flags, NonFiniteError, stop_signals
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -96,10 +94,6 @@ class Result:
     """False when a signal stopped it; the same call goes on."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last log line and the last evaluation."""
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or a gradient norm was not finite; the message names the samples."""
 
 
 def make_accelerator(
@@ -171,6 +165,9 @@ def fit(
     folder = Path(folder)
     if accelerator is None:
         accelerator = make_accelerator(config.precision, trackers=config.trackers, folder=folder)
+    expected = "no" if config.precision == "fp32" else config.precision
+    if accelerator.mixed_precision != expected:
+        raise ValueError(f"precision is {config.precision}, the accelerator's {accelerator.mixed_precision}")
     state.claim(folder, run or dataclasses.asdict(config))
     device, scaler = accelerator.device, accelerator.scaler
     distributed.seed_everything(config.seed)
@@ -195,12 +192,12 @@ def fit(
         f"{folder}: step {step} of {total}; {sum(p.numel() for p in parameters):,} parameters to train, "
         f"{distributed.world_size()} process(es), {device}, {config.precision}"
     )
-    window, flags, metrics, rate, stop = Window(), _Flags(), dict[str, float](), 0.0, False
+    window, flags, metrics, rate, stop = Window(), Flags(), dict[str, float](), 0.0, False
 
     def due(every: int) -> bool:
         return step > first and (step >= total or stop or (every > 0 and step % every == 0))
 
-    with _stop_signals() as stop_requested:
+    with stop_signals() as stop_requested:
         while True:
             if due(config.log_every):
                 stop |= flags.read(everything=True)
@@ -299,65 +296,3 @@ def _evaluate(evaluate: Callable[[nn.Module], Mapping[str, float]], objective: n
     objective.train()
     state.set_rng_state(generators)
     return metrics
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGTERM or SIGINT into a flag; a second one acts as it did before."""
-    received, before = False, dict[int, Any]()
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        before.clear()
-
-    def receive(number: int, frame: Any) -> None:
-        nonlocal received
-        received = True
-        restore()
-
-    if threading.current_thread() is threading.main_thread():  # python delivers signals to no other
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, receive)
-    try:
-        yield lambda: received
-    finally:
-        restore()
-
-
-class _Flags:
-    """Brings each step's two flags, not finite and stop, to the host one step late.
-
-    So the host never waits for the step it has just launched.
-    """
-
-    def __init__(self) -> None:
-        self.pending: list[tuple[Tensor, Any, int, dict[str, Tensor], Any]] = []
-
-    def put(self, flag: Tensor, step: int, values: dict[str, Tensor], keys: Any) -> None:
-        event = None
-        if flag.is_cuda:
-            host = torch.empty_like(flag, device="cpu", pin_memory=True)
-            host.copy_(flag, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            flag = host
-        self.pending.append((flag, event, step, values, keys))
-
-    def read(self, everything: bool = False) -> bool:
-        """Whether to stop; reads all but the newest flag, or `everything`."""
-        stop = False
-        while len(self.pending) > (0 if everything else 1):
-            flag, event, step, values, keys = self.pending.pop(0)
-            if event is not None:
-                event.synchronize()
-            bad, stopped = flag.tolist()
-            stop |= bool(stopped)
-            if bad:
-                shown = ", ".join(f"{name} {value.item():.4g}" for name, value in values.items())
-                raise NonFiniteError(
-                    f"step {step}: the loss or the gradient norm is not finite and the step was not applied; "
-                    f"rank {distributed.rank()} had {shown} on samples "
-                    f"{keys if keys is not None else '(no keys)'}"
-                )
-        return stop
