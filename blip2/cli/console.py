@@ -53,10 +53,11 @@ class Console:
             print(line, flush=True)
 
     def progress(self, items: Sequence[Item], unit: str) -> Iterator[Item]:
-        """Go through items, with a bar if there are several."""
+        """Go through items, with a bar if there are several and no results that the terminal shows meanwhile."""
         from huggingface_hub.utils import tqdm  # its own, with types
 
-        yield from tqdm(items, unit=unit, disable=not self.bars or len(items) < 2, leave=False)
+        shown = sys.stdout.isatty() and not self.json
+        yield from tqdm(items, unit=unit, disable=not self.bars or shown or len(items) < 2, leave=False)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
