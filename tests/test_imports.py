@@ -19,7 +19,7 @@ LAYERS = [
     {"devices", "fetch", "config"},
     {"base", "vision", "qformer", "language"},
     {"representation", "model"},
-    {"images", "processing", "checkpoint", "layout", "saving", "convert", "presets"},
+    {"images", "processing", "checkpoint", "layout", "saving", "convert", "lavis_names", "presets"},
     {"generation", "chat", "explain"},
     {"bulk", "server"},
     {"cli", "ui", "__main__"},
