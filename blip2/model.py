@@ -134,7 +134,8 @@ class Blip2(Blip2Base):
         """The text without image tokens and its mask; one prompt serves any number of rows."""
         if input_ids is None:
             text = self.config.text_config
-            start = text.eos_token_id if text.bos_token_id is None else text.bos_token_id
+            start = getattr(text, "bos_token_id", None)  # T5 has none of its own
+            start = text.eos_token_id if start is None else start
             input_ids = torch.full((rows, 1), start, device=self.language_projection.weight.device)
         if input_ids.ndim != 2 or input_ids.is_floating_point():
             raise ValueError(f"input_ids must be whole numbers (rows, tokens), not {tuple(input_ids.shape)}")
