@@ -53,7 +53,7 @@ class Console:
             print(line, flush=True)
 
     def progress(self, items: Sequence[Item], unit: str) -> Iterator[Item]:
-        """Go through items, with a bar if there are several and no results that the terminal shows meanwhile."""
+        """Go through items, with a bar if there are several and the terminal shows no results yet."""
         from huggingface_hub.utils import tqdm  # its own, with types
 
         shown = sys.stdout.isatty() and not self.json
