@@ -22,12 +22,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LONG = 30  # tokens; only longer answers are slowed down
 TINY = {"scenes-opt": "opt", "scenes-flan-t5": "t5"}
 
 
 def embedded() -> bool:
     """Whether this clone has the embedded checkpoints."""
     return all((ROOT / "blip2" / "assets" / name / "model.safetensors").is_file() for name in TINY)
+
+
+def tiny_checkpoints(folder: Path) -> None:
+    """Save random models under the embedded ones' names."""
+    import tiny
+
+    from blip2 import checkpoint
+    from blip2.processing import Processor
+
+    for name, family in TINY.items():
+        processor = Processor(
+            tiny.tokenizer(family), family=family, image_size=tiny.IMAGE_SIZE,
+            num_query_tokens=tiny.NUM_QUERIES, context=96 if family == "opt" else None,
+        )  # fmt: skip
+        checkpoint.save(tiny.ours(family), processor, folder / name)
 
 
 @dataclass
@@ -52,7 +68,7 @@ def serving(*arguments: str, tiny: bool = True, pace: float = 0.0, **environment
     Args:
         arguments: for the app.
         tiny: on tiny random checkpoints in place of the embedded ones.
-        pace: seconds that a token takes at least.
+        pace: seconds that a token takes at least, in answers of more than LONG.
         environment: changes to the child's.
     """
     with tempfile.TemporaryDirectory() as name:
@@ -122,16 +138,16 @@ def _child() -> None:
         blip2.generation.decode, Blip2.encode_image, checkpoint.load, blip2.generation.Stop.__call__
     )  # fmt: skip
 
-    def slow_decode(*arguments, **settings):
-        for token in decode(*arguments, **settings):
+    def slow_decode(model, image, text, generation, *arguments):
+        for token in decode(model, image, text, generation, *arguments):
             count("tokens")
-            time.sleep(options.pace)
+            time.sleep(options.pace if generation.min_new_tokens > LONG else 0)
             yield token
 
-    def slow_beam(self, *arguments, **settings):
+    def slow_beam(self, input_ids, scores, **settings):
         count("tokens")
-        time.sleep(options.pace)
-        return beam(self, *arguments, **settings)
+        time.sleep(options.pace if input_ids.shape[1] > LONG else 0)
+        return beam(self, input_ids, scores, **settings)
 
     def counted(what, function):
         def call(*arguments, **settings):
@@ -145,16 +161,7 @@ def _child() -> None:
     Blip2.encode_image = counted("encoded", encode)
     checkpoint.load = counted("loaded", load)
     if options.tiny:
-        import tiny
-
-        from blip2.processing import Processor
-
-        for name, family in TINY.items():
-            processor = Processor(
-                tiny.tokenizer(family), family=family, image_size=tiny.IMAGE_SIZE,
-                num_query_tokens=tiny.NUM_QUERIES, context=96 if family == "opt" else None,
-            )  # fmt: skip
-            checkpoint.save(tiny.ours(family), processor, options.folder / name)
+        tiny_checkpoints(options.folder)
         Preset.folder = property(lambda self: None if self.repo_id else options.folder / self.name)
     from blip2.ui import main
 

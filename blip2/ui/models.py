@@ -100,7 +100,7 @@ class Models:
             return ""
         return (
             f'<div class="notice"><strong>{name}</strong> knows drawn scenes only: {WORLD}. '
-            "Shown a photograph it will answer, and be wrong; for photographs choose a released model.</div>"
+            "On a photograph it will answer, and be wrong: choose a released model for those.</div>"
         )
 
 

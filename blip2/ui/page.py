@@ -57,7 +57,7 @@ def page(models: Models) -> gr.Blocks:
             """The page after the picture changed, by whatever way."""
             talked = session.chat is not None
             if picture[0] is None:
-                return {box.note: note("No picture: add one, or pick an example.")}
+                return {box.note: gr.skip()}  # the empty box itself says what to do
             try:
                 if not session.look(*picture):
                     return {box.note: gr.skip()}
@@ -99,7 +99,15 @@ def page(models: Models) -> gr.Blocks:
             yield updates
 
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        box.picture.change(look, [state, box.picture], [box.picture, box.note, *cleared], **private)
+        # on opening too, so that a bad upload can give way to the picture that was open at first
+        gr.on(
+            [demo.load, box.picture.change],
+            look,
+            [state, box.picture],
+            [box.picture, box.note, *cleared],
+            trigger_mode="multiple",  # a change while one is under way must not get lost
+            **private,
+        )
         picker.input(
             choose,
             [state, picker],

@@ -19,7 +19,7 @@ USED_BY = {
     "seed": {"nucleus"},
     "num_captions": {"beam", "nucleus"},
 }
-WHOLE = {"num_beams", "num_captions", "max_new_tokens", "min_new_tokens", "seed"}
+WHOLE = {"num_beams", "num_captions", "max_new_tokens", "min_new_tokens"}
 
 
 class Parameters:
@@ -35,7 +35,7 @@ class Parameters:
         self.controls: dict[str, Any] = {}
         if several:
             self._slider(defaults, "num_captions", "Captions", 1, 10, 1, "each is a line of its own")
-        with gr.Accordion("Settings", open=False, elem_classes="settings"):
+        with gr.Accordion("Parameters", open=False, elem_classes="settings"):
             self.controls["method"] = gr.Radio(
                 METHODS, value=method, label="Method", info="greedy and nucleus stream; beams cannot"
             )
@@ -52,15 +52,13 @@ class Parameters:
                 self._slider(
                     defaults, "repetition_penalty", "Repetition penalty", 1, 3, 0.1, "above 1: fewer repeats"
                 )
-                self.controls["seed"] = gr.Number(
-                    value=defaults.seed,
-                    precision=0,
-                    minimum=0,
-                    maximum=2**53,
+                self.controls["seed"] = gr.Textbox(
+                    value="" if defaults.seed is None else str(defaults.seed),
                     label="Seed",
-                    info="same seed, same sample; empty: a new one each time",
-                    placeholder="random",
+                    info="a whole number repeats a sample",
+                    placeholder="a new one each time",
                     interactive="seed" in _used(method),
+                    max_lines=1,
                     min_width=220,
                 )
         changing = {name: control for name, control in self.controls.items() if name in USED_BY}
@@ -103,12 +101,19 @@ class Parameters:
         used = _used(str(chosen["method"]))
         settings: dict[str, Any] = {}
         for name, value in chosen.items():
-            if name not in used or (name == "seed" and value is None):
+            if name not in used or (name == "seed" and not str(value or "").strip()):
                 continue
             if value is None:
-                raise ValueError(f"{self.controls[name].label} is empty: set it in Settings.")
-            settings[name] = int(value) if name in WHOLE else value
+                raise ValueError(f"{self.controls[name].label} is empty: set it under Parameters.")
+            settings[name] = _seed(value) if name == "seed" else int(value) if name in WHOLE else value
         return Generation(**settings)
+
+
+def _seed(text: Any) -> int:
+    digits = str(text).strip()
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 18):
+        raise ValueError(f"The seed is {digits[:30]!r}: use a whole number of at most 18 digits, or nothing.")
+    return int(digits)
 
 
 def _used(method: str) -> set[str]:

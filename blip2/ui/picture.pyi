@@ -11,8 +11,6 @@ from blip2.images import ImageError
 from blip2.ui.examples import examples
 from blip2.ui.words import note
 
-from gradio.events import Dependency
-
 class Picture(gr.Image):
     """An image input that hands on (path, name) of the uploaded file, unopened.
 
@@ -35,12 +33,14 @@ class Picture(gr.Image):
         if "://" in str(url_or_file_path or ""):
             raise Error("Only uploaded pictures are read here, no addresses.", print_exception=False)
         return await super().async_move_resource_to_block_cache(url_or_file_path)
-    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
     from gradio.blocks import Block
+
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component
-
 
 class PictureBox:
     """The picture, the examples below it, and a line for what is wrong with an upload.
@@ -85,7 +85,6 @@ class PictureBox:
             gallery.select(
                 pick, None, self.picture, queue=False, show_progress="hidden", api_visibility="private"
             )
-
 
 def refused(error: ImageError, path: str | None) -> tuple[Any, str]:
     """What the picture box shows instead of a picture that cannot be used: the one before, and why."""

@@ -124,7 +124,7 @@ def launch(demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = Non
     Raises:
         OSError: the port, or all that were tried, are taken.
     """
-    from blip2.ui.examples import FOLDER
+    from blip2.ui.examples import examples
     from blip2.ui.theme import CSS, THEME, favicon
 
     options: dict[str, Any] = {
@@ -134,7 +134,7 @@ def launch(demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = Non
         "quiet": True,
         "prevent_thread_lock": True,
         "share": False,
-        "allowed_paths": [str(FOLDER)],
+        "allowed_paths": [str(file) for file in examples()],
         "blocked_paths": [],
         "max_file_size": MAX_UPLOAD,
         "enable_monitoring": False,

@@ -57,6 +57,7 @@ class Session:
         self._name = "the picture"
         self._features: dict[str, ImageFeatures] = {}
         self._stop = threading.Event()
+        self._answering: Chat | None = None
 
     def __deepcopy__(self, memo: Any) -> "Session":
         """Gradio copies the initial state for every visitor: each starts afresh."""
@@ -117,12 +118,14 @@ class Session:
         """The conversation under way, or a new one."""
         if self.chat is None:
             self.chat = self.single(loaded)
+        self._answering = self.chat
         return self.chat
 
     def single(self, loaded: Loaded, style: Style | None = None) -> Chat:
         """A conversation of its own about the picture, for one instruction."""
         chat = Chat(loaded.model, loaded.processor, style=style)
         chat.set_image(self.features(loaded))
+        self._answering = chat
         return chat
 
     # --- answering ---
@@ -130,6 +133,8 @@ class Session:
     def stop(self) -> None:
         """End the answer under way within one token."""
         self._stop.set()
+        if self._answering is not None:
+            self._answering.stop()  # a token need not be text that the page's loop would see
 
     @contextmanager
     def answering(self) -> Iterator[threading.Event]:

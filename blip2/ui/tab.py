@@ -101,5 +101,5 @@ class Tab:
 
 def unknown_words(loaded: Loaded, text: str) -> str:
     """A sentence on words of the prompt that a small vocabulary lacks, or nothing."""
-    words = list(dict.fromkeys(loaded.processor.unknown_words(text)))[:5]
+    words = [word[:30] for word in dict.fromkeys(loaded.processor.unknown_words(text))][:5]
     return f"{loaded.name} has never seen: {', '.join(words)}." if words else ""

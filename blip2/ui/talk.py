@@ -15,7 +15,7 @@ from blip2.ui.models import Models
 from blip2.ui.parameters import Parameters
 from blip2.ui.session import Session, question
 from blip2.ui.tab import QUIET, Tab, Updates, unknown_words
-from blip2.ui.words import SILENCE, counted, note, receipt, settings_text
+from blip2.ui.words import SILENCE, counted, note, plain, receipt, settings_text
 
 DRAWN = ("how many things are there?", "what color is the circle?", "is there a star?")
 PHOTO = ("what is in the picture?", "where was it taken?", "what could happen next?")
@@ -29,9 +29,9 @@ class ChatTab(Tab):
         self.chatbot = gr.Chatbot(
             label="Conversation",
             show_label=False,
-            height=320,
-            render_markdown=False,  # what visitors and models write is text
-            buttons=["copy"],
+            height=350,
+            render_markdown=False,  # it still takes HTML, so what is written is escaped
+            buttons=[],
             feedback_options=None,
             placeholder="Ask anything about the picture",
             layout="bubble",
@@ -73,8 +73,8 @@ class ChatTab(Tab):
             self.wire([button.click], self.ask, [button, *self.parameters.inputs], [self.box, *outputs])
         self.wire([self.again.click], self.regenerate, self.parameters.inputs, outputs)
         self.wire_stop()
-        self.back.click(self.undo, state, [self.box, self.note, *outputs], **QUIET)
-        self.clear.click(self.forget, state, [self.note, *outputs], **QUIET)
+        self.back.click(self.undo, state, [self.go, self.halt, self.note, self.box, *outputs], **QUIET)
+        gr.on([self.clear.click, self.chatbot.clear], self.forget, state, [self.note, *outputs], **QUIET)
 
     # --- the page ---
 
@@ -164,7 +164,7 @@ class ChatTab(Tab):
             loaded = self.models.get(name)
             chat = session.conversation(loaded)
             for progress in streamed(chat, lambda: start(chat), generation, stop):
-                said = [{"role": "assistant", "content": progress.text}] if progress.text else []
+                said = [{"role": "assistant", "content": plain(progress.text)}] if progress.text else []
                 yield {self.chatbot: [*asked, *said], self.note: note(progress.doing)}
             stopped = stop.is_set()
         if session.subject != subject:
@@ -187,20 +187,20 @@ def _remark(chat: Chat, loaded: Loaded, generation: Generation, text: str, last:
     """What a visitor may want to know about an answer."""
     remarks = [*chat.notices]
     if last is not None and chat.turns[-1].answer == last.answer and generation.method != "nucleus":
-        remarks.append("The same again: this method always is. Nucleus sampling, in Settings, varies.")
+        remarks.append("The same again: this method always is. Nucleus sampling, under Parameters, varies.")
     if unknown := unknown_words(loaded, text):
         remarks.append(unknown)
     return " ".join(remarks)
 
 
 def _messages(chat: Chat | list[Turn] | None, asked: str | None = None) -> list[dict[str, str]]:
-    """Turns, and a question not yet answered, as the chat component takes them."""
+    """Turns, and a question not yet answered, as the chat component takes them: HTML."""
     turns = chat.turns if isinstance(chat, Chat) else chat or []
     messages = []
     for turn in turns:
-        messages.append({"role": "user", "content": turn.question})
-        messages.append({"role": "assistant", "content": turn.answer or SILENCE})
-    return messages + ([{"role": "user", "content": asked}] if asked else [])
+        messages.append({"role": "user", "content": plain(turn.question)})
+        messages.append({"role": "assistant", "content": plain(turn.answer or SILENCE)})
+    return messages + ([{"role": "user", "content": plain(asked)}] if asked else [])
 
 
 def _suggestions(model: str) -> tuple[str, ...]:

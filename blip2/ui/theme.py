@@ -26,6 +26,8 @@ THEME = gr.themes.Soft(
     neutral_hue=gr.themes.colors.slate,
     radius_size=gr.themes.sizes.radius_lg,
 ).set(
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_400",
     body_background_fill="*neutral_50",
     body_background_fill_dark="*neutral_950",
     background_fill_primary="white",

@@ -1,6 +1,7 @@
 """The app's own sentences, as HTML; whatever came from a visitor or a model is shown as text."""
 
 import html
+import re
 
 from blip2.generation import Generation
 
@@ -29,6 +30,14 @@ def receipt(model: str, prompt: str, facts: list[str]) -> str:
         f'<div class="receipt"><div><span>Sent to {html.escape(model)}</span>{sent}</div>'
         f"<p>{html.escape(' · '.join(facts))}</p></div>"
     )
+
+
+def plain(text: str) -> str:
+    """Text for the chat component, which takes HTML: what would be a tag or an entity is escaped.
+
+    No more than that, since the component reads the same string to screen readers.
+    """
+    return re.sub(r"[<&](?=[A-Za-z/!?#])", lambda found: html.escape(found[0]), text)
 
 
 def note(text: str = "", kind: str = "info") -> str:

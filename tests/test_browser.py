@@ -1,0 +1,329 @@
+"""The app in Chromium, end to end, on tiny random models whose tokens are slowed down enough to watch.
+
+Every test also holds that the page logged no error and asked no other host for anything.
+"""
+
+import shutil
+import time
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+from serving import serving
+from test_ui import bad_files
+
+sync_api = pytest.importorskip("playwright.sync_api")
+expect = sync_api.expect
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium"),
+]
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--no-first-run", "--use-fake-device-for-media-stream",
+         "--use-fake-ui-for-media-stream"]  # fmt: skip
+PACE = 0.04  # seconds a token
+
+
+@pytest.fixture(scope="module")
+def app():
+    with serving(tiny=True, pace=PACE) as running:
+        yield running
+    assert running.process.returncode == 0 and running.lines[-1] == "Stopped.\n", running.lines
+
+
+@pytest.fixture(scope="module")
+def browser(app):
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+
+
+@pytest.fixture
+def visit(app, browser):
+    """Open the page in a context of its own; checks what every page must keep."""
+    contexts, complaints, hosts = [], [], set()
+
+    def open_page(**options):
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | options))
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(15_000)
+        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
+        page.goto(app.url)
+        box(page).wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+    assert hosts <= {"127.0.0.1", None, ""}, hosts  # data: and blob: have no host
+
+
+def box(page):
+    return page.get_by_placeholder("Ask about the picture; Enter sends")
+
+
+def button(page, name):
+    return page.get_by_role("button", name=name, exact=True)
+
+
+def shown(page, text):
+    return page.get_by_text(text).locator("visible=true").first
+
+
+def replies(page):
+    return page.locator("[data-testid=bot]")
+
+
+def ask(page, text, *, wait=True):
+    box(page).fill(text)
+    box(page).press("Enter")
+    if wait:
+        expect(page.locator("#chat-receipt code")).to_contain_text(text.strip())
+
+
+def set_lengths(page, shortest, longest):
+    """So that an answer is long enough to be stopped."""
+    page.get_by_role("button", name="Parameters").locator("visible=true").click()
+    for label, value in (("Longest answer", longest), ("Shortest answer", shortest)):
+        field = page.get_by_label(f"number input for {label}").locator("visible=true")
+        field.fill(str(value))
+        field.press("Tab")
+
+
+def draw(path, seed):
+    pixels = np.random.default_rng(seed).integers(0, 255, (48, 48, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def upload(page, path):
+    """Replace the picture."""
+    remove = page.locator("#picture").get_by_role("button", name="Remove Image")
+    if remove.count():
+        remove.click()
+    page.locator("#picture input[type=file]").set_input_files(path)
+
+
+def settle(app):
+    """The number of tokens decoded so far, once it no longer grows."""
+    while True:
+        before = app.journal().get("tokens", 0)
+        time.sleep(8 * PACE)
+        if app.journal().get("tokens", 0) == before:
+            return before
+
+
+def test_upload_and_caption(visit, tmp_path):
+    page = visit()
+    upload(page, draw(tmp_path / "mine.png", 1))
+    expect(page.locator("#picture img")).to_be_visible()
+    page.get_by_role("tab", name="Caption").click()
+    button(page, "Caption the picture").click()
+    expect(page.locator("ol.captions li")).to_have_count(3)
+    expect(page.locator("#caption-receipt")).to_contain_text("5 beams")
+
+
+def test_instruct_shows_the_prompt_of_each_family(visit):
+    page = visit()
+    page.get_by_role("tab", name="Instruct").click()
+    page.get_by_label("Instruction").fill("what color is the circle?")
+    button(page, "Answer").click()
+    prompt = page.locator("#instruct-receipt code")
+    expect(prompt).to_have_text("Question: what color is the circle? Answer:")
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name="scenes-flan-t5 (embedded)").click()
+    expect(page.locator("#notice")).to_contain_text("scenes-flan-t5 knows drawn scenes only")
+    button(page, "Answer").click()
+    expect(prompt).to_have_text("Question: what color is the circle? Short answer:")
+
+
+def test_released_model_says_what_to_run(visit):
+    page = visit()
+    page.get_by_label("Model", exact=True).click()
+    page.get_by_role("option", name="blip2-opt-2.7b (15.0 GB download)").click()
+    expect(page.locator("#model-note")).to_contain_text("hf download Salesforce/blip2-opt-2.7b")
+    expect(page.get_by_label("Model", exact=True)).to_have_value("scenes-opt (embedded)")
+    button(page, "About the model ▼").or_(page.get_by_role("button", name="About the model")).click()
+    expect(page.locator("#card")).to_contain_text("7.5 GB bfloat16")
+
+
+def test_chat_streams_and_stops(visit, app):
+    page = visit()
+    set_lengths(page, 60, 60)
+    page.get_by_label("Nucleus sampling").locator("visible=true").check()
+    page.get_by_label("Temperature").locator("visible=true").first.fill("2")  # every token another word
+    ask(page, "what is in the picture?", wait=False)
+    expect(replies(page)).to_have_count(1)
+    early = replies(page).inner_text()
+    page.wait_for_function(
+        "before => document.querySelector('[data-testid=bot]').innerText.length > before", arg=len(early)
+    )
+    begun = app.journal()["tokens"]
+    button(page, "Stop").click()
+    expect(page.locator("#chat-note")).to_have_text("Stopped.")
+    assert settle(app) - begun < 40  # of 60: the server ended, not the display alone
+    expect(button(page, "Send")).to_be_visible()
+
+
+def test_beams_show_progress_and_stop(visit, app):
+    page = visit()
+    set_lengths(page, 80, 80)
+    page.get_by_label("Beam search").locator("visible=true").check()
+    ask(page, "what is it?", wait=False)
+    expect(page.locator("#chat-note")).to_contain_text("Searching with 5 beams")
+    begun = app.journal()["tokens"]
+    button(page, "Stop").click()
+    expect(page.locator("#chat-note")).to_have_text("Stopped.")
+    assert settle(app) - begun < 60
+
+
+def test_closed_page_ends_decoding(visit, app):
+    page = visit()
+    set_lengths(page, 80, 80)
+    begun = settle(app)
+    ask(page, "what is it?", wait=False)
+    expect(replies(page)).to_have_count(1)
+    page.close()
+    assert settle(app) - begun < 70
+
+
+def test_regenerate_undo_clear(visit):
+    page = visit()
+    ask(page, "what color is the circle?")
+    ask(page, "is there a star?")
+    expect(replies(page)).to_have_count(2)
+    button(page, "Regenerate").click()
+    expect(page.locator("#chat-note")).to_contain_text("The same again")
+    expect(replies(page)).to_have_count(2)
+    button(page, "Undo").click()
+    expect(replies(page)).to_have_count(1)
+    expect(box(page)).to_have_value("is there a star?")
+    button(page, "Clear").click()
+    expect(replies(page)).to_have_count(0)
+    expect(button(page, "Undo")).to_be_disabled()
+
+
+def test_new_picture_begins_a_new_chat(visit, tmp_path):
+    page = visit()
+    ask(page, "what color is the circle?")
+    upload(page, draw(tmp_path / "other.png", 2))
+    expect(page.locator("#chat-note")).to_have_text("New picture: a new chat begins.")
+    expect(replies(page)).to_have_count(0)
+    ask(page, "is there a star?")
+    expect(page.locator("#chat-receipt code")).to_have_text("Question: is there a star? Answer:")
+    page.locator("#examples").get_by_role("button").nth(1).click()
+    expect(page.locator("#chat-note")).to_have_text("New picture: a new chat begins.")
+
+
+def test_bad_uploads_get_a_sentence_each(visit, tmp_path):
+    page = visit()
+    for name, data in bad_files().items():
+        path = tmp_path / name
+        path.write_bytes(data)
+        upload(page, path)
+        expect(page.locator("#picture-note")).to_contain_text(name)
+    ask(page, "what color is the circle?")  # of the picture before, which came back
+    expect(replies(page)).to_have_count(1)
+
+
+def test_bad_prompts_get_a_sentence_each(visit):
+    page = visit()
+    line = page.locator("#chat-note")
+    box(page).press("Enter")
+    expect(line).to_contain_text("There is nothing to ask yet")
+    ask(page, "x" * 100_001, wait=False)
+    expect(line).to_contain_text("100,001 characters")
+    ask(page, "ring the bell\x07", wait=False)
+    expect(line).to_contain_text("control characters")
+    evil = "<img src=http://example.org/x.png> **is** <b>it</b> a [star](http://example.org)?"
+    ask(page, evil)
+    assert page.locator("[data-testid=user]").inner_text().strip() == evil
+    assert page.locator("[data-testid=user] img, [data-testid=user] b, [data-testid=user] a").count() == 0
+
+
+def test_two_visitors_do_not_mix(visit, tmp_path):
+    one, two = visit(), visit()
+    upload(one, draw(tmp_path / "one.png", 1))
+    upload(two, draw(tmp_path / "two.png", 2))
+    for page in (one, two):
+        set_lengths(page, 20, 20)
+    ask(one, "what color is the circle?", wait=False)
+    ask(two, "is there a star?", wait=False)
+    for page, mine, other in ((one, "circle", "star"), (two, "star", "circle")):
+        expect(page.locator("#chat-receipt code")).to_contain_text(mine)
+        assert other not in page.locator("#conversation").inner_text()
+        assert other not in page.locator("#chat-receipt").inner_text()
+        expect(page.locator("[data-testid=user]")).to_have_count(1)
+    pictures = [page.locator("#picture img").get_attribute("src") for page in (one, two)]
+    assert "one.png" in pictures[0] and "two.png" in pictures[1]
+
+
+def test_ignored_settings_are_greyed_out(visit):
+    page = visit()
+    page.get_by_role("button", name="Parameters").locator("visible=true").click()
+    beams = page.get_by_label("number input for Beams").locator("visible=true")
+    top_p = page.get_by_label("number input for Top p").locator("visible=true")
+    expect(beams).to_be_disabled()
+    page.get_by_label("Nucleus sampling").locator("visible=true").check()
+    expect(top_p).to_be_enabled()
+    expect(beams).to_be_disabled()
+    page.get_by_label("Beam search").locator("visible=true").check()
+    expect(beams).to_be_enabled()
+    expect(top_p).to_be_disabled()
+
+
+def test_pasted_picture(visit, tmp_path):
+    page = visit()
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("#picture").get_by_role("button", name="Remove Image").click()
+    page.evaluate(
+        """async () => {
+            const canvas = Object.assign(document.createElement("canvas"), {width: 40, height: 30});
+            canvas.getContext("2d").fillRect(5, 5, 20, 20);
+            const blob = await new Promise(done => canvas.toBlob(done, "image/png"));
+            await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
+        }"""
+    )
+    page.get_by_role("button", name="Paste from clipboard").click()
+    expect(page.locator("#picture img")).to_be_visible()
+    ask(page, "what is it?")
+
+
+def test_webcam_picture(visit):
+    page = visit(permissions=["camera"])
+    page.locator("#picture").get_by_role("button", name="Remove Image").click()
+    page.get_by_role("button", name="Capture from camera").click()
+    page.get_by_title("grant webcam access").click()
+    page.get_by_title("capture photo").or_(page.get_by_label("capture photo")).first.click()
+    expect(page.locator("#picture img")).to_be_visible()
+    ask(page, "what is it?")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_phone_has_no_horizontal_scroll(visit, scheme):
+    page = visit(
+        viewport={"width": 390, "height": 844}, device_scale_factor=2, is_mobile=True, has_touch=True,
+        color_scheme=scheme,
+    )  # fmt: skip
+    for tab in ("Chat", "Caption", "Instruct"):
+        page.get_by_role("tab", name=tab).click()
+        page.get_by_role("button", name="Parameters").locator("visible=true").click()
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.evaluate("document.querySelector('#look').getBoundingClientRect().bottom") <= page.evaluate(
+        "document.querySelector('#ask').getBoundingClientRect().top"
+    )
+
+
+def test_picture_stays_in_view(visit):
+    page = visit()
+    page.get_by_role("tab", name="Caption").click()
+    page.get_by_role("button", name="Parameters").locator("visible=true").click()
+    page.mouse.move(900, 500)
+    page.mouse.wheel(0, 400)
+    page.wait_for_function("scrollY > 150")
+    expect(page.locator("#picture img")).to_be_in_viewport(ratio=0.9)

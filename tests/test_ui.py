@@ -1,0 +1,473 @@
+"""The app without a browser: what may be served where, one visitor's session, what the server gives away."""
+
+import copy
+import io
+import json
+import threading
+import time
+import uuid
+
+import gradio as gr
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from serving import TINY, tiny_checkpoints
+
+from blip2 import checkpoint
+from blip2.checkpoint import CheckpointError
+from blip2.generation import Generation
+from blip2.images import ImageError
+from blip2.presets import PRESETS, Preset
+from blip2.processing import PromptError
+from blip2.ui import build, launch, main, session
+from blip2.ui.answers import Background
+from blip2.ui.caption import CaptionTab
+from blip2.ui.instruct import InstructTab
+from blip2.ui.models import Models
+from blip2.ui.page import DELETE_CACHE
+from blip2.ui.parameters import Parameters
+from blip2.ui.picture import Picture
+from blip2.ui.serve import UsageError, is_loopback, may_be_local
+from blip2.ui.session import Session, friendly, question
+from blip2.ui.talk import ChatTab
+from blip2.ui.words import note, plain, receipt
+
+
+@pytest.fixture(scope="module", autouse=True)
+def assets(tmp_path_factory):
+    """Tiny random models under the names of the embedded ones."""
+    folder = tmp_path_factory.mktemp("assets")
+    tiny_checkpoints(folder)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Preset, "folder", property(lambda self: None if self.repo_id else folder / self.name))
+    patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+    yield folder
+    patch.undo()
+
+
+def picture(tmp_path, seed: int) -> str:
+    path = tmp_path / f"{seed}.png"
+    pixels = np.random.default_rng(seed).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+# --- where the app may do what ---
+
+
+@pytest.mark.parametrize(
+    ("host", "wanted", "space", "allowed"),
+    [
+        ("127.0.0.1", None, "", True),
+        ("localhost", None, "", True),
+        ("[::1]", None, "", True),
+        ("127.0.0.1", False, "", False),
+        ("0.0.0.0", None, "", False),
+        ("192.168.1.7", None, "", False),
+        ("::", None, "", False),
+        ("example.org", None, "", False),
+        ("127.0.0.1", None, "someone/blip2", False),
+    ],
+)
+def test_local_is_for_this_machine_alone(monkeypatch, host, wanted, space, allowed):
+    monkeypatch.setenv("SPACE_ID", space)
+    assert may_be_local(host, wanted) is allowed
+
+
+@pytest.mark.parametrize(
+    ("host", "space"), [("0.0.0.0", ""), ("127.0.0.1", "someone/blip2"), ("10.0.0.3", "")]
+)
+def test_local_is_refused_where_strangers_come(monkeypatch, capsys, host, space):
+    monkeypatch.setenv("SPACE_ID", space)
+    with pytest.raises(UsageError):
+        may_be_local(host, True)
+    with pytest.raises(SystemExit) as stop:
+        main(["--host", host, "--local"])
+    assert stop.value.code == 2 and "--local would let strangers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--port", "70000"], 2, "allowed: 1 to 65535"),
+        (["--model", "scenes-itm"], 1, "scores texts"),
+        (["--model", "scenes-otp"], 1, "Did you mean scenes-opt"),
+        (["--model", "blip2-opt-2.7b"], 1, "hf download Salesforce/blip2-opt-2.7b"),
+        (["--model", "./nowhere"], 1, "there is no folder ./nowhere"),
+    ],
+)
+def test_bad_command_line_ends_with_a_sentence(capsys, arguments, code, words):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == code and words in error and "Traceback" not in error
+
+
+def test_loopback_names():
+    assert (
+        is_loopback("127.0.0.9") and not is_loopback("0.0.0.0") and not is_loopback("localhost.example.org")
+    )
+
+
+# --- models ---
+
+
+def test_a_model_is_loaded_once_for_all(monkeypatch):
+    loads = []
+
+    def slow(name, **options):
+        loads.append(name)
+        time.sleep(0.05)
+        return load(name, **options)
+
+    load = checkpoint.load
+    monkeypatch.setattr(checkpoint, "load", slow)
+    models = Models("scenes-opt")
+    got: list = []
+    threads = [threading.Thread(target=lambda: got.append(models.get("scenes-opt"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert loads == ["scenes-opt"] and len(got) == 4 and len({id(one) for one in got}) == 1
+
+
+def test_released_models_need_local_and_the_cache():
+    with pytest.raises(CheckpointError, match=r"not served here.*--local"):
+        Models("scenes-opt").get("blip2-opt-2.7b")
+    with pytest.raises(CheckpointError, match=r"hf download Salesforce/blip2-opt-2.7b .*15.0 GB"):
+        Models("scenes-opt", local=True).get("blip2-opt-2.7b")
+
+
+def test_folders_need_local(assets):
+    folder = str(assets / "scenes-opt")
+    with pytest.raises(CheckpointError, match="not served here"):
+        Models("scenes-flan-t5").get(folder)
+    assert Models("scenes-flan-t5", local=True).get(folder).processor.family == "opt"
+    assert Models(folder).get(folder).name == "scenes-opt"  # the operator's own choice
+
+
+def test_cards_show_what_a_model_takes():
+    models = Models("scenes-opt")
+    card = models.card("blip2-flan-t5-xl")
+    for words in ("15.8 GB", "7.9 GB bfloat16", "3.9 billion", "Apache-2.0"):
+        assert words in card
+    assert ("blip2-flan-t5-xl (15.8 GB download)", "blip2-flan-t5-xl") in models.choices()
+    assert "drawn scenes only" in models.notice("scenes-opt") and models.notice("blip2-opt-2.7b") == ""
+    assert not {"scenes-itm", "blip2-itm-vit-g"} & set(models.names)
+
+
+# --- one visitor ---
+
+
+def bad_files() -> dict[str, bytes]:
+    png = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(png, "PNG")
+    bomb = bytearray(png.getvalue())
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2  # a header that promises 3.6 billion pixels
+    return {
+        "notes.png": b"just some text",
+        "cut.png": png.getvalue()[:60],
+        "nothing.png": b"",
+        "bomb.png": bytes(bomb),
+        "drawing.png": b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
+        "page.png": b"<!doctype html><html><body>hello</body></html>",
+    }
+
+
+@pytest.mark.parametrize("name", bad_files())
+def test_bad_upload_is_one_sentence_and_changes_nothing(tmp_path, name):
+    visitor = Session()
+    visitor.look(picture(tmp_path, 1))
+    before = visitor.path
+    path = tmp_path / "ab12" / name
+    path.parent.mkdir()
+    path.write_bytes(bad_files()[name])
+    with pytest.raises(ImageError) as error:
+        visitor.look(str(path), name)
+    assert name in str(error.value) and str(tmp_path) not in str(error.value) and "\n" not in str(error.value)
+    assert visitor.path == before and visitor.look(before) is False
+
+
+def test_new_picture_new_chat(tmp_path):
+    models, visitor = Models("scenes-opt"), Session()
+    first, second = picture(tmp_path, 1), picture(tmp_path, 2)
+    assert visitor.look(first)
+    chat = visitor.conversation(models.get("scenes-opt"))
+    chat.ask("what color is the circle?")
+    again = tmp_path / "copy.png"
+    again.write_bytes((tmp_path / "1.png").read_bytes())
+    assert not visitor.look(str(again)) and visitor.chat is chat
+    assert visitor.look(second) and visitor.chat is None
+
+
+def test_deleted_upload_is_said(tmp_path):
+    models, visitor, path = Models("scenes-opt"), Session(), picture(tmp_path, 1)
+    visitor.look(path)
+    visitor.features(models.get("scenes-opt"))
+    (tmp_path / "1.png").unlink()
+    visitor.look(path)
+    assert len(visitor.features(models.get("scenes-opt"))) == 1
+    with pytest.raises(ImageError, match=r"1\.png is no longer here"):
+        visitor.features(models.get("scenes-flan-t5"))
+
+
+def test_every_visitor_starts_afresh(tmp_path):
+    with gr.Blocks():
+        state = gr.State(Session())
+    one, two = copy.deepcopy(state.value), copy.deepcopy(state.value)
+    one.look(picture(tmp_path, 1))
+    assert one is not two and two.path is None and one._stop is not two._stop
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "nothing to ask"),
+        (" \n ", "nothing to ask"),
+        ("bell\x07", r"control characters \(U\+0007\)"),
+        ("a\x85b", r"U\+0085"),
+        ("\ud800", "half a character"),
+    ],
+)
+def test_prompts_that_are_no_text(text, words):
+    with pytest.raises(PromptError, match=words):
+        question(text)
+    assert question(" two\nlines\t ") == "two\nlines"
+
+
+def test_errors_are_friendly_and_leak_nothing(caplog):
+    assert "ran out of memory" in friendly(torch.OutOfMemoryError("CUDA out of memory. /secret"))
+    assert "/secret" not in friendly(RuntimeError("/secret/path exploded"))
+    assert "/secret/path exploded" in caplog.text
+    assert friendly(ValueError("say this")) == "say this"
+
+
+def test_background_stops_when_its_reader_leaves():
+    stop = threading.Event()
+    work = Background(lambda: stop.wait(10), stop)
+    ticks = work.ticks(0.01)
+    assert next(ticks) > 0
+    ticks.close()
+    assert stop.is_set()
+    broken = Background(lambda: 1 / 0, threading.Event())
+    list(broken.ticks(0.01))
+    with pytest.raises(ZeroDivisionError):
+        broken.result()
+
+
+def test_text_stays_text():
+    evil = "<img src=x onerror=alert(1)> & <b>"
+    for shown in (note(evil), receipt("m<b>", evil, [evil]), plain(evil)):
+        assert "<img" not in shown and "<b>" not in shown
+    assert plain("1 < 2 & 3") == "1 < 2 & 3"
+
+
+# --- settings ---
+
+
+def test_ignored_settings_are_greyed_out_and_left_out():
+    with gr.Blocks():
+        panel = Parameters(Generation.caption(num_captions=3), several=True)
+    on = {name for name, control in panel.controls.items() if control.interactive is not False}
+    assert on >= {"num_beams", "length_penalty", "num_captions"} and not on & {"top_p", "temperature", "seed"}
+    values = {name: control.value for name, control in panel.controls.items()}
+    assert panel.generation(tuple(values.values())) == Generation.caption(num_captions=3)
+    greedy = values | {"method": "greedy", "top_p": None, "seed": "oops"}
+    assert panel.generation(tuple(greedy.values())) == Generation()
+    nucleus = values | {"method": "nucleus", "seed": " 7 ", "temperature": 0.5}
+    wanted = Generation("nucleus", seed=7, temperature=0.5, num_captions=3)
+    assert panel.generation(tuple(nucleus.values())) == wanted
+    for change, words in (({"seed": "oops"}, "seed is 'oops'"), ({"top_p": None}, "Top p is empty")):
+        with pytest.raises(ValueError, match=words):
+            panel.generation(tuple((nucleus | change).values()))
+
+
+# --- the tabs, called as gradio calls them ---
+
+
+@pytest.fixture(scope="module")
+def tabs():
+    models = Models("scenes-opt")
+    with gr.Blocks():
+        state, box = gr.State(Session()), Picture()
+        made = {tab: tab(models, state, box) for tab in (ChatTab, CaptionTab, InstructTab)}
+    return made
+
+
+def settings(tab, **changes):
+    values = {name: control.value for name, control in tab.parameters.controls.items()} | changes
+    return list(values.values())
+
+
+def last(updates, component):
+    return [update[component] for update in updates if component in update][-1]
+
+
+def test_chat_turns(tabs, tmp_path):
+    tab, visitor, path = tabs[ChatTab], Session(), picture(tmp_path, 1)
+    shown = list(tab.ask(visitor, (path, ""), "what color is the circle?", *settings(tab)))
+    assert [m["role"] for m in last(shown, tab.chatbot)] == ["user", "assistant"]
+    assert "Question: what color is the circle? Answer:" in last(shown, tab.receipt)
+    again = list(tab.regenerate(visitor, (path, ""), *settings(tab)))
+    assert last(again, tab.chatbot) == last(shown, tab.chatbot) and "same again" in last(again, tab.note)
+    undone = tab.undo(visitor)
+    assert undone[tab.chatbot] == [] and undone[tab.box] == "what color is the circle?"
+
+
+def test_two_visitors_do_not_mix(tabs, tmp_path):
+    tab, visitors = tabs[ChatTab], [Session(), Session()]
+    paths = [picture(tmp_path, seed) for seed in (1, 2)]
+    running = [
+        tab.ask(visitor, (path, ""), f"is it {number}?", *settings(tab, min_new_tokens=5))
+        for number, (visitor, path) in enumerate(zip(visitors, paths, strict=True))
+    ]
+    shown: list[list] = [[], []]
+    for pair in zip(*running, strict=False):  # a token of one, then a token of the other
+        for seen, update in zip(shown, pair, strict=True):
+            seen.append(update)
+    for seen, stream in zip(shown, running, strict=True):
+        seen.extend(stream)
+    for number, (visitor, path) in enumerate(zip(visitors, paths, strict=True)):
+        alone = Session()
+        expected = list(tab.ask(alone, (path, ""), f"is it {number}?", *settings(tab, min_new_tokens=5)))
+        assert last(shown[number], tab.chatbot) == last(expected, tab.chatbot)
+        assert [turn.question for turn in visitor.chat.turns] == [f"is it {number}?"]
+
+
+def test_stop_ends_decoding(tabs, tmp_path):
+    tab, visitor = tabs[ChatTab], Session()
+    stream = tab.ask(
+        visitor, (picture(tmp_path, 1), ""), "what?", *settings(tab, max_new_tokens=60, min_new_tokens=60)
+    )
+    for update in stream:
+        if len(update.get(tab.chatbot, [])) == 2:
+            break
+    visitor.stop()
+    rest = list(stream)
+    assert last(rest, tab.note) == note("Stopped.")
+    assert 1 <= visitor.chat.turns[0].num_tokens < 10
+
+
+def test_captions_and_instruction(tabs, tmp_path):
+    path, caption, instruct = picture(tmp_path, 1), tabs[CaptionTab], tabs[InstructTab]
+    shown = list(caption.run(Session(), (path, ""), *settings(caption)))
+    assert last(shown, caption.captions).count("<li>") == 3
+    visitor = Session()
+    for frame, prompt in (
+        ("auto", "Question: what? Answer:"),
+        ("short", "Short answer:"),
+        ("raw", ">what?<"),
+    ):
+        shown = list(instruct.run(visitor, (path, ""), "what?", frame, *settings(instruct)))
+        assert prompt in last(shown, instruct.receipt)
+
+
+def test_long_prompts_are_refused(tabs, tmp_path):
+    tab, path = tabs[ChatTab], picture(tmp_path, 1)
+    for text in ("what " * 200, "x" * 100_001):
+        with pytest.raises(PromptError, match=r"tokens|characters"):
+            list(tab.ask(Session(), (path, ""), text, *settings(tab)))
+
+
+def test_vanished_subject_leaves_the_page_alone(tabs, tmp_path):
+    """An answer that ends after its picture was replaced must not be shown beside the new one."""
+    tab, visitor = tabs[InstructTab], Session()
+    stream = tab.run(visitor, (picture(tmp_path, 1), ""), "what?", "auto", *settings(tab))
+    next(stream)
+    visitor.look(picture(tmp_path, 2))
+    assert not any(tab.receipt in update for update in stream)
+
+
+# --- the server ---
+
+
+@pytest.fixture(scope="module")
+def server(assets):
+    demo = build(local=False)
+    address = launch(demo)
+    with httpx.Client(base_url=address, timeout=20) as client:
+        yield client, demo
+    demo.close(verbose=False)
+
+
+def ask_server(client, demo, name: str, data: list) -> list[dict]:
+    """Call an event as the page does, private or not; its messages."""
+    [index] = [index for index, event in demo.fns.items() if event.name == name]
+    visit = uuid.uuid4().hex
+    body = {"data": data, "fn_index": index, "session_hash": visit}
+    joined = client.post("/gradio_api/queue/join", json=body)
+    if joined.status_code != 200:
+        return [{"msg": "refused", "output": joined.json()}]
+    messages = []
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": visit}) as stream:
+        for line in stream.iter_lines():
+            if line.startswith("data:"):
+                messages.append(json.loads(line[5:]))
+                if messages[-1]["msg"] in ("process_completed", "close_stream"):
+                    break
+    return messages
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["/etc/passwd", "file:///etc/passwd", "../../../etc/passwd", "http://169.254.169.254/latest/meta-data",
+     "http://127.0.0.1:1/", __file__],
+)  # fmt: skip
+@pytest.mark.parametrize("route", ["file=", "proxy=", "stream/"])
+def test_server_files_are_not_served(server, route, target):
+    reply = server[0].get(f"/gradio_api/{route}{target}")
+    assert reply.status_code in (400, 401, 403, 404, 405) and "root:" not in reply.text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"path": "/etc/passwd"},
+        {"path": "/etc/passwd", "url": "file:///etc/passwd"},
+        {"path": "file:///etc/passwd"},
+        {"path": "http://169.254.169.254/latest/meta-data/x.png"},
+        {"path": "https://example.org/cat.png", "url": "https://example.org/cat.png"},
+        {"path": __file__},
+    ],
+    ids=lambda data: data["path"][:20],
+)
+def test_pictures_come_from_uploads_alone(server, data):
+    messages = ask_server(*server, "look", [None, {"meta": {"_type": "gradio.FileData"}, **data}])
+    final = messages[-1]
+    assert final["msg"] == "refused" or not final["success"], final
+    assert "root:" not in json.dumps(messages)
+
+
+def test_an_upload_is_taken(server, tmp_path):
+    client, demo = server
+    with open(picture(tmp_path, 3), "rb") as file:
+        [path] = client.post("/gradio_api/upload", files={"files": ("mine.png", file)}).json()
+    data = {"path": path, "orig_name": "mine.png", "meta": {"_type": "gradio.FileData"}}
+    assert ask_server(client, demo, "look", [None, data])[-1]["success"]
+
+
+def test_visitors_cannot_choose_what_is_not_offered(server, assets):
+    for name in (str(assets / "scenes-opt"), "/etc", "someone/else"):
+        assert not ask_server(*server, "choose", [None, name])[-1]["success"]
+    final = ask_server(*server, "choose", [None, "blip2-opt-2.7b"])[-1]
+    assert final["success"] and "not served here" in json.dumps(final["output"])
+
+
+def test_no_public_endpoints(server):
+    client, demo = server
+    assert client.get("/gradio_api/info").json() == {"named_endpoints": {}, "unnamed_endpoints": {}}
+    assert {event.api_visibility for event in demo.fns.values()} == {"private"}
+    assert client.get("/monitoring").status_code in (403, 404)
+
+
+def test_uploads_go_within_the_hour(server):
+    assert server[1].delete_cache == DELETE_CACHE and sum(DELETE_CACHE) <= 3600
+
+
+def test_page_and_presets_agree(server):
+    names = [choice[1] for choice in Models("scenes-opt").choices()]
+    assert names[:2] == list(TINY) and set(names) <= set(PRESETS)
+    assert session.log.name == "blip2.ui"
