@@ -181,7 +181,7 @@ class Chat:
             self._stop.clear()
             if generation.method == "beam":
                 [[turn.answer]] = generate(
-                    self.model, self.processor, image, turn.prompt, generation, self._stop
+                    self.model, self.processor, image, turn.prompt, generation, self._stop, [turn.question]
                 )
                 turn.num_tokens = len(
                     self.processor.tokenizer(turn.answer, add_special_tokens=False)["input_ids"]

@@ -176,9 +176,8 @@ def decode(
     ends = torch.tensor(config.eos_token_id, device=ids.device).flatten()
     pad = config.pad_token_id if config.pad_token_id is not None else int(ends[0])
     processors = _processors(generation, ends.tolist(), ids.device)
-    generator = None
-    if generation.seed is not None:
-        generator = torch.Generator(ids.device).manual_seed(generation.seed)
+    generator = torch.Generator(ids.device)
+    generator.seed() if generation.seed is None else generator.manual_seed(generation.seed)
 
     state: dict[str, Any]
     if model.is_decoder_only:
@@ -241,6 +240,7 @@ def generate(
     prompts: str | list[str],
     generation: Generation,
     stop: threading.Event | None = None,
+    questions: list[str] | None = None,
 ) -> list[list[str]]:
     """Answer prompts about one image, or one prompt (or a prompt each) about many.
 
@@ -251,6 +251,7 @@ def generate(
         prompts: already framed, see `Processor.prompt`.
         generation: settings.
         stop: ends decoding within a token once set; what was said until then is returned.
+        questions: what a Q-Former that reads questions gets; by default the prompts.
 
     Returns:
         For every row, `num_captions` texts.
@@ -260,7 +261,7 @@ def generate(
         prompts = prompts * len(image)
     stop = stop or threading.Event()
     device = image.image_embeds.device
-    tokens = {**processor.text(prompts), **processor.question(prompts)}
+    tokens = {**processor.text(prompts), **processor.question(questions or prompts)}
     tokens = {name: value.to(device) for name, value in tokens.items()}
     if generation.method == "beam":
         criteria = StoppingCriteriaList([Stop(stop)])

@@ -90,6 +90,9 @@ class Processor:
                 qformer_tokenizer = AutoTokenizer.from_pretrained(
                     name, subfolder="qformer_tokenizer", **options
                 )
+        context = getattr(text, "max_position_embeddings", getattr(text, "n_positions", None))
+        if family == "bert":  # its positions count text alone
+            context = config.qformer_config.max_position_embeddings + config.num_query_tokens
         return cls(
             tokenizer,
             family=family,
@@ -97,7 +100,7 @@ class Processor:
             num_query_tokens=config.num_query_tokens,
             mean=mean,
             std=std,
-            context=getattr(text, "max_position_embeddings", getattr(text, "n_positions", None)),
+            context=context,
             qformer_tokenizer=qformer_tokenizer,
         )
 
