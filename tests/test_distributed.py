@@ -3,27 +3,23 @@
 One pair of processes does everything and writes down what it saw; the tests compare. Nothing relies on fork.
 """
 
-import json
 import os
-import re
 import signal
 import socket
 from pathlib import Path
 
+import lavis
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from safetensors import safe_open
 from torch import nn
 
-from blip2.representation import Blip2Representation
 from train import distributed, state
 from train.engine import FitConfig, fit, make_accelerator
 from train.loader import IndexLoader
 from train.pretrain import Stage1
 
-REFERENCE = Path(__file__).parent / "reference" / "stage1_two_ranks.safetensors"
 CONFIG = FitConfig(
     steps=6, learning_rate=1e-2, warmup_steps=2, precision="fp32", log_every=3, save_every=3, seed=3
 )
@@ -72,71 +68,10 @@ def acting(step, action):
 
 # --- the reference model ---
 
-RENAMES = [
-    (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
-    (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
-    (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
-    (r"^visual_encoder\.blocks\.", "vision_model.encoder.layers."),
-    (r"\.norm([12])\.", r".layer_norm\1."),
-    (r"\.attn\.proj\.", ".self_attn.projection."),
-    (r"\.attn\.qkv\.", ".self_attn.qkv."),
-    (r"^ln_vision\.", "vision_model.post_layernorm."),
-    (r"^Qformer\.bert\.embeddings\.LayerNorm\.", "qformer.layernorm."),
-    (r"^Qformer\.bert\.embeddings\.", "embeddings."),
-    (r"^Qformer\.bert\.", "qformer."),
-    (r"attention\.self\.", "attention.attention."),
-    (r"^Qformer\.cls\.predictions\.transform\.dense\.", "lm_head.dense."),
-    (r"^Qformer\.cls\.predictions\.transform\.LayerNorm\.", "lm_head.layer_norm."),
-    (r"^Qformer\.cls\.predictions\.bias$", "lm_head.bias"),
-    (r"^vision_proj\.", "vision_projection."),
-    (r"^text_proj\.", "text_projection."),
-    (r"^temp$", "temperature"),
-]
-COPIES = ("decoder.weight", "decoder.bias", "position_ids")  # tied or constant
-
-
-def renamed(name):
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def reference():
-    """The reference file: our model with its weights, and everything else in it by key."""
-    with safe_open(REFERENCE, "pt") as file:
-        sizes = json.loads(file.metadata()["config"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    names += ("max_position_embeddings", "cross_attention_frequency", "encoder_hidden_size", "layer_norm_eps")
-    vision = dict(sizes["vision"])
-    vision["post_layernorm_eps"] = vision.pop("ln_vision_eps")
-    from transformers import Blip2Config
-
-    config = Blip2Config(
-        vision_config=vision,
-        qformer_config={name: sizes[name] for name in names}
-        | {"use_qformer_text_input": True, "pad_token_id": sizes["pad_token_id"]},
-        num_query_tokens=sizes["num_query_tokens"],
-        image_text_hidden_size=sizes["projection_dim"],
-    )
-    config.decoder_start_token_id = sizes["decode_start_token_id"]
-    model = Blip2Representation(config)
-    loaded = {n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")}
-    biases = {n.removesuffix("q_bias"): t for n, t in loaded.items() if n.endswith("q_bias")}
-    ours = {
-        renamed(name): tensor
-        for name, tensor in loaded.items()
-        if not name.endswith((*COPIES, "q_bias", "v_bias"))
-    }
-    for prefix, q in biases.items():
-        ours[renamed(prefix + "qkv.bias")] = torch.cat([q, torch.zeros_like(q), loaded[prefix + "v_bias"]])
-    model.load_state_dict(ours)
-    return model.eval(), tensors
-
 
 def reference_step(rank):
     """Losses of this rank on its three pairs with the recorded negatives, and the gradients after DDP."""
-    model, tensors = reference()
+    model, tensors = lavis.model("stage1_two_ranks")
     objective = Stage1(model)
     model.vision_model.requires_grad_(True)  # the file has gradients of the encoder too
     model.vision_model.frozen = False
@@ -241,7 +176,7 @@ def test_single_process_gathers():
 
 
 def test_reference_losses(pair):
-    _, tensors = reference()
+    _, tensors = lavis.read("stage1_two_ranks")
     for rank, seen in enumerate(pair[0]):
         losses = seen["reference"][0]
         for ours, theirs in (("loss_itc", "loss_itc"), ("loss_itm", "loss_itm"), ("loss_itg", "loss_lm")):
@@ -251,21 +186,10 @@ def test_reference_losses(pair):
 
 def test_reference_gradients(pair):
     """Averaged over ranks as DistributedDataParallel does; here a wrong gather would show."""
-    _, tensors = reference()
-    checked = 0
-    for name, expected in tensors.items():
-        if not name.startswith("grads."):
-            continue
-        ours = renamed(name.removeprefix("grads."))
-        for seen in pair[0]:
-            gradients = seen["reference"][1]
-            if name.endswith("q_bias"):
-                gradient = gradients[ours.replace("attn.q_bias", "self_attn.qkv.bias")][: len(expected)]
-            else:
-                gradient = gradients[ours]
-            assert (gradient - expected).abs().max() <= 1e-4 * expected.abs().max() + 1e-7, name
-            checked += 1
-    assert checked == 2 * 17
+    _, tensors = lavis.read("stage1_two_ranks")
+    for seen in pair[0]:
+        errors = lavis.gradient_errors(seen["reference"][1], tensors)
+        assert len(errors) == 17 and max(errors.values()) <= 1e-4
 
 
 def test_two_processes_train_as_one(pair, tmp_path):
