@@ -345,10 +345,11 @@ def test_stop_ends_decoding(tabs, tmp_path):
     for update in stream:
         if len(update.get(tab.chatbot, [])) == 2:
             break
+    begun = visitor.chat.turns[0].num_tokens
     visitor.stop()
     rest = list(stream)
     assert last(rest, tab.note) == note("Stopped.")
-    assert 1 <= visitor.chat.turns[0].num_tokens < 10
+    assert 1 <= begun <= visitor.chat.turns[0].num_tokens <= begun + 1 < 60
 
 
 def test_captions_and_instruction(tabs, tmp_path):

@@ -53,7 +53,7 @@ class CaptionTab(Tab):
             return captions
 
         with session.answering() as stop:
-            yield self.busy(f"Asking {name} ...") | {self.receipt: ""}
+            yield self.busy(name) | {self.receipt: ""}
             writing = Background(work, stop)
             for seconds in writing.ticks():
                 yield {self.note: note(f"{_doing(generation)}, {seconds:.0f} s ...")}

@@ -74,10 +74,13 @@ class InstructTab(Tab):
         name, subject = session.model or self.models.default, session.subject
         start = time.monotonic()
         with session.answering() as stop:
-            yield self.busy(f"Asking {name} ...") | {self.answer: "", self.receipt: ""}
+            yield self.busy(name) | {self.answer: "", self.receipt: ""}
             loaded = self.models.get(name)
             style: Style | None = next((style for style in get_args(Style) if style == frame), None)
             chat = session.single(loaded, style)
+            if stop.is_set():  # while it was loading
+                yield self.idle(session) | {self.note: note("Stopped.")}
+                return
             for progress in streamed(chat, lambda: chat.stream(text, generation), generation, stop):
                 yield {self.answer: progress.text, self.note: note(progress.doing)}
             stopped = stop.is_set()

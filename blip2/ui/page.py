@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 
+from blip2.devices import device_advice
 from blip2.images import ImageError
 from blip2.ui.caption import CaptionTab
 from blip2.ui.instruct import InstructTab
@@ -37,6 +38,8 @@ def page(models: Models) -> gr.Blocks:
                 scale=0,
             )
         model_note = gr.HTML(elem_id="model-note")
+        if models.local and (advice := device_advice()):
+            gr.HTML(note(advice), elem_id="device-note")
         notice = gr.HTML(models.notice(models.default), elem_id="notice")
         with gr.Row(elem_id="main"):
             with gr.Column(scale=5, min_width=320, elem_id="look"):

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gradio as gr
+from gradio import component_meta
 from gradio.data_classes import ImageData
 from gradio.exceptions import Error
 
@@ -11,29 +13,31 @@ from blip2.images import ImageError
 from blip2.ui.examples import examples
 from blip2.ui.words import note
 
+# gradio writes a stub (.pyi) beside the source of every component class; ours wants none.
+with mock.patch.object(component_meta, "create_or_modify_pyi"):
 
-class Picture(gr.Image):
-    """An image input that hands on (path, name) of the uploaded file, unopened.
+    class Picture(gr.Image):
+        """An image input that hands on (path, name) of the uploaded file, unopened.
 
-    gr.Image opens and converts files by itself, and fetches a path that is a URL; here `blip2.images` reads
-    what was uploaded, and nothing else gets in.
-    """
+        gr.Image opens and converts files by itself, and fetches a path that is a URL; here `blip2.images`
+        reads what was uploaded, and nothing else gets in.
+        """
 
-    def get_block_name(self) -> str:
-        """The page's own image component draws it."""
-        return "image"
+        def get_block_name(self) -> str:
+            """The page's own image component draws it."""
+            return "image"
 
-    def preprocess(self, payload: ImageData | None) -> Any:
-        """Where the upload lies, and what the visitor calls it."""
-        if payload is None or payload.path is None:
-            return None, ""
-        return payload.path, Path(payload.orig_name or payload.path).name
+        def preprocess(self, payload: ImageData | None) -> Any:
+            """Where the upload lies, and what the visitor calls it."""
+            if payload is None or payload.path is None:
+                return None, ""
+            return payload.path, Path(payload.orig_name or payload.path).name
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-        """Refuse URLs, which gradio would download."""
-        if "://" in str(url_or_file_path or ""):
-            raise Error("Only uploaded pictures are read here, no addresses.", print_exception=False)
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+        async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
+            """Refuse URLs, which gradio would download."""
+            if "://" in str(url_or_file_path or ""):
+                raise Error("Only uploaded pictures are read here, no addresses.", print_exception=False)
+            return await super().async_move_resource_to_block_cache(url_or_file_path)
 
 
 class PictureBox:

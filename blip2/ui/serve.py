@@ -141,7 +141,7 @@ def launch(demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = Non
         "run_history": False,
         "pwa": False,
         "mcp_server": False,
-        "show_error": True,  # every error that reaches a visitor was worded by us (`session.friendly`)
+        "show_error": False,  # what visitors should read is worded by us; the rest may hold paths
         "footer_links": ["gradio", "settings"],
     }
     try:

@@ -70,12 +70,12 @@ class Tab:
         """Let the stop button end the visitor's answer, whichever tab began it."""
         self.halt.click(lambda session: session.stop(), self.state, None, **QUIET)
 
-    def busy(self, text: str) -> Updates:
-        """The page while an answer is under way."""
+    def busy(self, model: str) -> Updates:
+        """The page while an answer of that model is under way."""
         return {
             self.go: gr.update(interactive=False),
             self.halt: gr.update(visible=True),
-            self.note: note(text),
+            self.note: note("" if self.models.is_loaded(model) else f"Loading {model} ..."),
         }
 
     def idle(self, session: Session) -> Updates:

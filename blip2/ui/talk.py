@@ -84,10 +84,10 @@ class ChatTab(Tab):
         buttons = dict.fromkeys((self.again, self.back, self.clear), gr.update(interactive=turns))
         return super().idle(session) | {self.go: gr.update(visible=True, interactive=True)} | buttons
 
-    def busy(self, text: str) -> Updates:
-        """The page while an answer is under way."""
+    def busy(self, model: str) -> Updates:
+        """The page while an answer of that model is under way."""
         buttons = dict.fromkeys((self.again, self.back, self.clear), gr.update(interactive=False))
-        return super().busy(text) | {self.go: gr.update(visible=False)} | buttons
+        return super().busy(model) | {self.go: gr.update(visible=False)} | buttons
 
     def cleared(self) -> Updates:
         """The tab as for a new picture or model; a question half written stays."""
@@ -160,9 +160,12 @@ class ChatTab(Tab):
         began = time.monotonic()
         with session.answering() as stop:
             asked = _messages(before, text)
-            yield self.busy(f"Asking {name} ...") | {self.chatbot: asked, self.receipt: "", **begun}
+            yield self.busy(name) | {self.chatbot: asked, self.receipt: "", **begun}
             loaded = self.models.get(name)
             chat = session.conversation(loaded)
+            if stop.is_set():  # while it was loading
+                yield self.idle(session) | self.after_error(session) | {self.note: note("Stopped.")}
+                return
             for progress in streamed(chat, lambda: start(chat), generation, stop):
                 said = [{"role": "assistant", "content": plain(progress.text)}] if progress.text else []
                 yield {self.chatbot: [*asked, *said], self.note: note(progress.doing)}
