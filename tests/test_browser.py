@@ -299,6 +299,7 @@ def test_webcam_picture(visit):
     page.locator("#picture").get_by_role("button", name="Remove Image").click()
     page.get_by_role("button", name="Capture from camera").click()
     page.get_by_title("grant webcam access").click()
+    page.wait_for_function("document.querySelector('#picture video')?.videoWidth > 0")
     page.get_by_title("capture photo").or_(page.get_by_label("capture photo")).first.click()
     expect(page.locator("#picture img")).to_be_visible()
     ask(page, "what is it?")

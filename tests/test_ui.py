@@ -280,6 +280,8 @@ def test_ignored_settings_are_greyed_out_and_left_out():
     nucleus = values | {"method": "nucleus", "seed": " 7 ", "temperature": 0.5}
     wanted = Generation("nucleus", seed=7, temperature=0.5, num_captions=3)
     assert panel.generation(tuple(nucleus.values())) == wanted
+    whole = panel.generation(tuple((nucleus | {"temperature": 2, "num_captions": 3.0}).values()))
+    assert type(whole.temperature) is float and type(whole.num_captions) is int
     for change, words in (({"seed": "oops"}, "seed is 'oops'"), ({"top_p": None}, "Top p is empty")):
         with pytest.raises(ValueError, match=words):
             panel.generation(tuple((nucleus | change).values()))
@@ -315,6 +317,22 @@ def test_chat_turns(tabs, tmp_path):
     assert last(again, tab.chatbot) == last(shown, tab.chatbot) and "same again" in last(again, tab.note)
     undone = tab.undo(visitor)
     assert undone[tab.chatbot] == [] and undone[tab.box] == "what color is the circle?"
+
+
+def test_a_failing_model_leaves_the_conversation_as_it_was(tabs, tmp_path, monkeypatch):
+    tab, visitor, path = tabs[ChatTab], Session(), picture(tmp_path, 1)
+    list(tab.ask(visitor, (path, ""), "what color is the circle?", *settings(tab)))
+    before = list(visitor.chat.turns)
+    language = tab.models.get("scenes-opt").model.language_model
+
+    def fail(*arguments, **options):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(language, "forward", fail)
+    for run, words in ((tab.ask, ["is there a star?"]), (tab.regenerate, [])):
+        with pytest.raises(RuntimeError, match="broken"):
+            list(run(visitor, (path, ""), *words, *settings(tab)))
+        assert visitor.chat.turns == before
 
 
 def test_two_visitors_do_not_mix(tabs, tmp_path):

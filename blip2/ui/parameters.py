@@ -105,7 +105,11 @@ class Parameters:
                 continue
             if value is None:
                 raise ValueError(f"{self.controls[name].label} is empty: set it under Parameters.")
-            settings[name] = _seed(value) if name == "seed" else int(value) if name in WHOLE else value
+            if name == "seed":
+                value = _seed(value)
+            elif name != "method":  # the page sends 1.0 as 1
+                value = int(value) if name in WHOLE else float(value)
+            settings[name] = value
         return Generation(**settings)
 
 

@@ -13,7 +13,7 @@ from blip2.presets import EMBEDDED
 from blip2.ui.answers import streamed
 from blip2.ui.models import Models
 from blip2.ui.parameters import Parameters
-from blip2.ui.session import Session, question
+from blip2.ui.session import EXPECTED, Session, question
 from blip2.ui.tab import QUIET, Tab, Updates, unknown_words
 from blip2.ui.words import SILENCE, counted, note, plain, receipt, settings_text
 
@@ -166,9 +166,13 @@ class ChatTab(Tab):
             if stop.is_set():  # while it was loading
                 yield self.idle(session) | self.after_error(session) | {self.note: note("Stopped.")}
                 return
-            for progress in streamed(chat, lambda: start(chat), generation, stop):
-                said = [{"role": "assistant", "content": plain(progress.text)}] if progress.text else []
-                yield {self.chatbot: [*asked, *said], self.note: note(progress.doing)}
+            try:
+                for progress in streamed(chat, lambda: start(chat), generation, stop):
+                    said = [{"role": "assistant", "content": plain(progress.text)}] if progress.text else []
+                    yield {self.chatbot: [*asked, *said], self.note: note(progress.doing)}
+            except EXPECTED:
+                chat.turns[:] = [*before, last] if last else before  # as if it had not been asked
+                raise
             stopped = stop.is_set()
         if session.subject != subject:
             yield self.idle(session)
