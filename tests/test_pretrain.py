@@ -9,7 +9,14 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
-from transformers import OPTConfig, OPTForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from blip2.checkpoint import load
 from blip2.vision import VisionTransformer
@@ -302,3 +309,41 @@ def test_stage2_wants_stage1(stage1, parts, tmp_path):
     with pytest.raises(ValueError, match="opt"):
         pretrain.run(dataclasses.replace(recipe, output=str(tmp_path / "run")))
     assert not (tmp_path / "run" / "states").exists()
+
+
+def test_stage1_starts_from_bert(parts, tmp_path):
+    """The Q-Former takes BERT's weights, and [DEC] is added to a tokenizer that has none."""
+    words = build_tokenizer("bert")
+    words.bos_token = None
+    words.save_pretrained(tmp_path)
+    config = BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=words.convert_tokens_to_ids("[DEC]"),  # BERT has no such row
+        max_position_embeddings=512,
+    )
+    bert = BertForMaskedLM(config)
+    bert.save_pretrained(tmp_path)
+    sizes = QFormerConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, num_query_tokens=4
+    )
+    recipe = dataclasses.replace(
+        recipes.scenes_stage1(),
+        start_from=str(parts / "encoder"),
+        bert=str(tmp_path),
+        tokenizer=str(tmp_path),
+        qformer=sizes,
+    )
+    objective, processor = pretrain.start(recipe)
+    model = objective.model
+    layer = bert.bert.encoder.layer[0]
+    assert torch.equal(
+        model.qformer.encoder.layers[0].intermediate_query.dense.weight, layer.intermediate.dense.weight
+    )
+    assert torch.equal(
+        model.qformer.encoder.layers[0].intermediate.dense.weight, layer.intermediate.dense.weight
+    )
+    assert processor.tokenizer.bos_token_id == model.decoder_start_token_id
+    assert model.embeddings.word_embeddings.num_embeddings == model.decoder_start_token_id + 1

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from blip2 import checkpoint
+from blip2.convert import qformer_from_bert
 from blip2.model import Blip2
 from blip2.processing import Family, Processor
 from blip2.qformer import QFormer
@@ -176,22 +177,23 @@ def attach_language_model(
 
 
 def start(recipe: Recipe) -> tuple[nn.Module, Processor]:
-    """The objective of a recipe over the model it starts from, and the processor that is saved with the
-    model.
+    """The objective of a recipe over the model it starts from, and the processor saved with that model.
 
     Raises:
         RecipeError: what the recipe starts from does not fit it.
     """
     if recipe.stage == 1:
-        if recipe.bert is not None:
-            raise RecipeError("starting the Q-Former from BERT is not in this version; pass --bert None")
         if recipe.tokenizer is None:
             from train.scenes.text import build_tokenizer
 
             tokenizer: Any = build_tokenizer("bert")
         else:
             tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
+            if tokenizer.bos_token is None:  # BERT's: LAVIS adds [DEC], the token that starts a caption
+                tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         representation = new_representation(recipe, Path(recipe.start_from), tokenizer)
+        if recipe.bert is not None:
+            qformer_from_bert(recipe.bert, representation)
         return Stage1(representation), _processor(representation, tokenizer, "bert")
 
     loaded = checkpoint.load(recipe.start_from, precision="float32", device="cpu")
