@@ -1,7 +1,7 @@
 """Documents that language models of the drawn world read: text only, no picture anywhere.
 
-A description of a scene stands where the queries of BLIP-2 will stand; then comes what a frozen language model
-is asked for at use: the caption of a picture, or answers in the frames of the released models.
+A description of a scene stands where the queries of BLIP-2 will stand; then comes what a frozen language
+model is asked for at use: the caption of a picture, or answers in the frames of the released models.
 
     OPT   description </s> caption "\\n"        description </s> Question: ... Answer: red "\\n"
     T5    description </s> -> caption </s>      description Question: ... Short answer: </s> -> red </s>
@@ -24,7 +24,7 @@ DESCRIBED, CAPTION, ASKED, ANSWER = 0.1, 0.6, 0.02, 2.0
 
 
 def draw_things(rng: random.Random, most: int = MAX_THINGS) -> Scene:
-    """A scene as far as words go: no picture is ever drawn of it, so it is cheap. All colors meet all shapes."""
+    """A scene as far as words go, cheap for no picture is drawn of it. All colors meet all shapes."""
     count = rng.choices(range(1, most + 1), weights=(3, 7, 6, 5)[:most])[0]
     kinds: list[tuple[str, str]] = []
     while len(kinds) < count:
@@ -132,7 +132,7 @@ def opt_document(rng: random.Random, most: int = MAX_THINGS, turns: int = 6) -> 
             say(["question", ":", *split(asked), "answer", ":"], ASKED)
             say([*split(answer), "\n" if rng.random() < 0.3 else "."], ANSWER)
             ends.append(len(words) - 1)
-    targets = words[1:] + [""]
+    targets = [*words[1:], ""]
     for end in ends:  # captions and answers end with "\n" at use, though "." stands there before a question
         targets[end - 1] = "\n"
     return words, targets, [*weights[1:], 0.0]
@@ -147,14 +147,12 @@ def t5_question(asked: str, history: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def t5_document(rng: random.Random, most: int = MAX_THINGS) -> Document:
-    """One document for an encoder-decoder: encoder words, decoder words (ends with </s>), weight of each of these."""
+    """One document for an encoder-decoder: encoder words, decoder words, the weight of each of the latter."""
     scene = draw_things(rng, most)
     about = describe(scene, rng)
     words = split(about.words) if rng.random() > 0.05 else []
     form = rng.random()
-    if (
-        form < 0.25
-    ):  # the caption, or the rest of it after a prefix of at most half (the prefix LM of the paper)
+    if form < 0.25:  # the caption, or the rest of it after at most half (the prefix LM of the paper)
         said = split(text.caption(scene, rng) if rng.random() < 0.7 else text.list_caption(scene.things, rng))
         cut = rng.randint(1, max(1, len(said) // 2)) if rng.random() < 0.4 else 0
         answer = [*said[cut:], "</s>"]
@@ -162,8 +160,8 @@ def t5_document(rng: random.Random, most: int = MAX_THINGS) -> Document:
     asked = draw_questions(scene, about, rng, rng.choice((2, 2, 2, 3, 4)))
     if not asked:
         asked = [("how many things?", text.NUMBERS[len(scene.things)])]
-    history = asked[1:] if form < 0.4 else []
-    if 0.4 <= form < 0.5:  # describe first, then answer
+    history = asked[1:] if form < 0.3 else []
+    if 0.3 <= form < 0.38:  # describe first, then answer
         words += [*split(text.list_caption(scene.things, rng)), "."]
     answer = [*split(asked[0][1]), "</s>"]
     return [*words, *t5_question(asked[0][0], history), "</s>"], answer, [ANSWER] * len(answer)

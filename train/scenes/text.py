@@ -3,7 +3,7 @@
     caption(scene, rng) -> str                     one true sentence, lower-case, without a final stop
     captions(scene, rng) -> list[str]              one per kind of caption
     questions(scene, rng) -> [(question, answer, kind)]      kinds: KINDS
-    build_tokenizer(family) -> PreTrainedTokenizerFast        "opt", "t5" or "bert"; reloads with AutoTokenizer
+    build_tokenizer(family) -> PreTrainedTokenizerFast       "opt", "t5" or "bert"; AutoTokenizer reloads it
 
 "Left of", "above" and so on are `world.relation`: said and asked only where one direction clearly dominates.
 """
@@ -117,11 +117,14 @@ UNSEEN = 3
 IMAGES = ("picture", "image", "photo")
 LONG_RELATION = {"left of": "to the left of", "right of": "to the right of"}
 
+_FUNCTION_WORDS = """
+left right of above below to the a an and no yes there is are thing things shapes in , . ? :
+question short answer picture image photo color colour shape size number
+what which how many big does do you see can tell me name has have for count show say it
+"""
 WORDS = (
     *COLORS, *SHAPES, *(shape + "s" for shape in SHAPES if shape != "cross"), "crosses", *SIZES, *NUMBERS,
-    *"left right of above below to the a an and no yes there is are thing things shapes in , . ? :".split(),
-    *"question short answer picture image photo color colour shape size number".split(),
-    *"what which how many big does do you see can tell me name has have for count show say it".split(),
+    *_FUNCTION_WORDS.split(),
 )  # fmt: skip
 
 
@@ -244,7 +247,7 @@ def _unique(things: Sequence[Thing], thing: Thing, *names: str) -> bool:
 
 
 def _name(things: Sequence[Thing], thing: Thing, rng: random.Random) -> str:
-    """A name that fits only this thing: its shape if that suffices (in half of the cases), else color and shape."""
+    """A name that fits only this thing: its shape, in half the cases where it will do, or color and shape."""
     short = rng.random() < 0.5 and _unique(things, thing, "shape")
     return thing.shape if short else f"{thing.color} {thing.shape}"
 
