@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # also where a script started us in the background
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `kill` and containers end programs
     temporary = None
     try:
@@ -148,7 +151,9 @@ def launch(demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = Non
         _, address, _ = demo.launch(server_name=host, server_port=port, **options)
     except OSError as error:
         tried = f"port {port} is" if port else f"ports {PORTS[0]} to {PORTS[-1]} are"
-        raise OSError(f"cannot listen on {host}: {tried} taken or not allowed ({error})") from error
+        raise OSError(
+            f"cannot listen on {host}: {tried} taken or not allowed; choose another --port"
+        ) from error
     return address.rstrip("/")
 
 
