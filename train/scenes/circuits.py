@@ -9,9 +9,10 @@ the others stand. So the start lays such a chain, roughly, and training does the
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import OPTForCausalLM, T5ForConditionalGeneration
 
 from train.scenes import text
@@ -97,7 +98,7 @@ def start_opt(model: OPTForCausalLM, seed: int) -> None:
 
 
 # The parts of a T5 that hold the chain, to be trained later and slowly: its scores are not divided by the root
-# of the head's width, so at the common rate they lose what they match before the rest has learned to use it.
+# of the head's width, so at the common rate they lose what they match before the rest learns to use it.
 LAID_T5 = (
     "shared.",
     "encoder.embed",
@@ -150,7 +151,7 @@ def start_t5(model: T5ForConditionalGeneration, seed: int) -> None:
     words *= long
     places = {0: -1, 1: -2, 2: -5, 3: -6}
     encoder, decoder = model.encoder.block, model.decoder.block
-    first, second = (block.layer[0].SelfAttention for block in encoder[:2])
+    first, second = encoder[0].layer[0].SelfAttention, encoder[1].layer[0].SelfAttention
     bias = first.relative_attention_bias.weight.zero_()  # row: places back, up to 7
     for head, place in places.items():
         bias[-place, head] = 10.0
@@ -160,7 +161,7 @@ def start_t5(model: T5ForConditionalGeneration, seed: int) -> None:
         block.layer[0].SelfAttention.q.weight[: len(places) * dim] *= 0.1
 
     def lay(
-        attention: nn.Module,
+        attention: Any,
         head: int,
         query: Tensor | None,
         key: Tensor | None,

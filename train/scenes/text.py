@@ -294,8 +294,8 @@ def question(
         fill["x"], answer = _count(things, rng)
     elif kind == "exist":
         answer = rng.choice(("yes", "no"))
-        names = [thing.shape, full_name(thing, False), full_name(thing, False), f"{thing.color} thing"]
-        fill["x"] = _an(rng.choice(names) if answer == "yes" else absent(things, rng))
+        present = [thing.shape, full_name(thing, False), full_name(thing, False), f"{thing.color} thing"]
+        fill["x"] = _an(rng.choice(present) if answer == "yes" else absent(things, rng))
     elif kind in ("relation", "relation_yesno"):
         asked = _relation(things, kind, rng, clear_pairs(things) if pairs is None else pairs)
         if asked is None:
