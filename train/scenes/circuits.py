@@ -97,8 +97,8 @@ def start_opt(model: OPTForCausalLM, seed: int) -> None:
     lay(1, 4, query=sharp * read, key=sharp * copy[1], value=read, write=write[4])  # what followed before
 
 
-# The parts of a T5 that hold the chain, to be trained later and slowly: its scores are not divided by the root
-# of the head's width, so at the common rate they lose what they match before the rest learns to use it.
+# The parts of a T5 that hold the chain, to be trained later and slowly: its scores are not divided by the
+# root of the width of a head, and at the common rate they lose what they match before the rest learns it.
 LAID_T5 = (
     "shared.",
     "encoder.embed",
