@@ -30,7 +30,7 @@ PACE = 0.04  # seconds a token
 def app():
     with serving(tiny=True, pace=PACE) as running:
         yield running
-    assert running.process.returncode == 0 and running.lines[-1] == "Stopped.\n", running.lines
+    assert running.process.returncode == 0 and "Stopped.\n" in running.lines, running.lines
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,10 @@ def ask(page, text, *, wait=True):
     box(page).fill(text)
     box(page).press("Enter")
     if wait:
+        try:
+            expect(box(page)).to_have_value("", timeout=1000)
+        except AssertionError:  # faster than a hand: gradio had not yet closed the event before
+            box(page).press("Enter")
         expect(page.locator("#chat-receipt code")).to_contain_text(text.strip())
 
 

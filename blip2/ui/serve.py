@@ -30,10 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # also where a script started us in the background
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as `kill` and containers end programs
+    # as Ctrl-C, also where a script started us in the background; as `kill` and containers end programs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     temporary = None
     try:
         options.host = options.host or ("0.0.0.0" if _on_spaces() else "127.0.0.1")
