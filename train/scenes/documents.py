@@ -152,16 +152,18 @@ def t5_document(rng: random.Random, most: int = MAX_THINGS) -> Document:
     about = describe(scene, rng)
     words = split(about.words) if rng.random() > 0.05 else []
     form = rng.random()
-    if form < 0.25:  # the caption, or the rest of it after at most half (the prefix LM of the paper)
-        said = split(text.caption(scene, rng) if rng.random() < 0.7 else text.list_caption(scene.things, rng))
-        cut = rng.randint(1, max(1, len(said) // 2)) if rng.random() < 0.4 else 0
+    if form < 0.4:  # the caption, or the rest of it after at most half (the prefix LM of the paper)
+        said = split(text.caption(scene, rng) if rng.random() < 0.6 else text.list_caption(scene.things, rng))
+        cut = rng.randint(1, max(1, len(said) // 2)) if rng.random() < 0.3 else 0
+        if words and (cut or rng.random() < 0.5):  # or else it could not tell the prefix from the description
+            words.append(".")
         answer = [*said[cut:], "</s>"]
         return [*words, *said[:cut], "</s>"], answer, [CAPTION] * len(answer)
     asked = draw_questions(scene, about, rng, rng.choice((2, 2, 2, 3, 4)))
     if not asked:
         asked = [("how many things?", text.NUMBERS[len(scene.things)])]
-    history = asked[1:] if form < 0.3 else []
-    if 0.3 <= form < 0.38:  # describe first, then answer
+    history = asked[1:] if form < 0.46 else []
+    if 0.46 <= form < 0.54:  # describe first, then answer
         words += [*split(text.list_caption(scene.things, rng)), "."]
     answer = [*split(asked[0][1]), "</s>"]
     return [*words, *t5_question(asked[0][0], history), "</s>"], answer, [ANSWER] * len(answer)
