@@ -92,7 +92,7 @@ def serving(*arguments: str, tiny: bool = True, pace: float = 0.0, **environment
 
         threading.Thread(target=read, daemon=True).start()
         try:
-            url, deadline = "", time.monotonic() + 90
+            url, deadline = "", time.monotonic() + 240
             while not url:
                 line = lines.get(timeout=max(0.1, deadline - time.monotonic()))
                 if line is None:
@@ -110,7 +110,15 @@ def serving(*arguments: str, tiny: bool = True, pace: float = 0.0, **environment
                     process.wait()
 
 
+def _end_with(parent: int) -> None:
+    """End this process when the one that tests in it is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(2)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _child() -> None:
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--pace", type=float)
