@@ -21,6 +21,7 @@ Family = Literal["opt", "t5", "bert"]
 Style = Literal["question", "short", "caption", "raw"]
 Turn = tuple[str, str]
 
+LAST_CALL = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id")
 MAX_PROMPT_CHARACTERS = 100_000  # beyond it even tokenizing is a burden; far above any model's context
 
 
@@ -107,9 +108,9 @@ class Processor:
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer and image settings so that transformers 4 and 5 read them."""
         folder = Path(folder)
-        self.tokenizer.save_pretrained(folder)
+        self._save_tokenizer(self.tokenizer, folder)
         if self.qformer_tokenizer is not None:
-            self.qformer_tokenizer.save_pretrained(folder / "qformer_tokenizer")
+            self._save_tokenizer(self.qformer_tokenizer, folder / "qformer_tokenizer")
         image = {
             "image_processor_type": "BlipImageProcessor",
             "do_convert_rgb": True,
@@ -130,6 +131,17 @@ class Processor:
             "processor_config.json": {"processor_class": name, "num_query_tokens": self.num_query_tokens},
         }.items():
             (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """Without the cutting and padding of its last call, which would be saved and cut prompts later."""
+        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_truncation()
+            backend.no_padding()
+        for setting in LAST_CALL:
+            tokenizer.init_kwargs.pop(setting, None)
+        tokenizer.save_pretrained(folder)
 
     # --- pictures ---
 

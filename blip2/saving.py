@@ -120,6 +120,7 @@ def _write_model(model: Blip2Base, folder: Path, weights_dtype: str | None, max_
     )
     for file, names in shards.filename_to_tensors.items():
         save_file({name: state[name].contiguous().cpu() for name in names}, folder / file, metadata)
+        (folder / file).chmod((folder / "config.json").stat().st_mode)  # safetensors hides files from others
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         _write_json(folder / f"model.safetensors.index{middle}.json", index)

@@ -6,7 +6,6 @@ after them (`post_layernorm`, LAVIS's `ln_vision`) is not part of the frozen enc
 stages.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,10 +35,8 @@ class ImageFeatures:
         return len(self.image_embeds)
 
     def _map(self, function: Any) -> "ImageFeatures":
-        parts: Any = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return ImageFeatures(
-            **{name: part if part is None else function(part) for name, part in parts.items()}
-        )
+        rest = (self.query_output, self.language_inputs)
+        return ImageFeatures(function(self.image_embeds), *(None if x is None else function(x) for x in rest))
 
     def __getitem__(self, rows: Any) -> "ImageFeatures":
         """The features of one image (an int keeps the batch axis), a slice, or an index tensor of images."""
@@ -82,12 +79,12 @@ class PatchEmbeddings(nn.Module):
                 "resize the image, or pass interpolate=True"
             )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
-        grid = patches.shape[-2:]
+        rows, columns = patches.shape[-2:]
         patches = patches.flatten(2).transpose(1, 2)
         tokens = torch.cat([self.class_embedding.to(patches).expand(len(patches), -1, -1), patches], dim=1)
         positions: Tensor = self.position_embedding
         if tokens.shape[1] != positions.shape[1]:
-            positions = interpolate_positions(positions, *grid, self.align_corners)
+            positions = interpolate_positions(positions, rows, columns, self.align_corners)
         return tokens + positions.to(tokens)
 
 
