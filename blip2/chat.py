@@ -214,6 +214,7 @@ class Chat:
                     return
         except Exception:
             cache = TextCache()  # some layers may have read a token that others have not
+            self.turns.remove(turn)
             raise
         finally:
             if self.model.is_decoder_only and not self.model.question_in_qformer:

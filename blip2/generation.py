@@ -228,7 +228,7 @@ def _processors(generation: Generation, ends: list[int], device: Any) -> LogitsP
             MinNewTokensLengthLogitsProcessor(0, generation.min_new_tokens, ends, device=device)
         )
     if generation.method == "nucleus":
-        processors.append(TemperatureLogitsWarper(generation.temperature))
+        processors.append(TemperatureLogitsWarper(float(generation.temperature)))
         processors.append(TopPLogitsWarper(generation.top_p))
     return processors
 

@@ -125,6 +125,18 @@ def test_a_refused_edit_loses_nothing(chat):
     assert len(chat.turns) == 1
 
 
+def test_a_failure_leaves_no_half_turn_and_no_broken_cache(chat):
+    expected = "".join(make(chat.processor.family).stream("what color ?", LONG))
+    pieces = chat.stream("what color ?", LONG)
+    next(pieces)
+    hook = chat.model.language_model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(pieces)
+    hook.remove()
+    assert chat.turns == []
+    assert "".join(chat.stream("what color ?", LONG)) == expected
+
+
 def test_new_picture_new_conversation(chat):
     chat.ask("what color ?", Generation())
     chat.set_image(Image.new("RGB", (9, 9)), keep_turns=True)

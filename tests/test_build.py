@@ -1,0 +1,72 @@
+"""The build of the embedded checkpoints: order, resuming, failures; and its suites on the shipped weights."""
+
+import pytest
+
+from blip2.checkpoint import load
+from train.scenes import build, evaluate
+from train.scenes.__main__ import parser
+from train.scenes.build import Phase, PhaseError
+
+FAKE = """
+import pathlib, sys
+name, flag, folder = sys.argv[1:]
+assert flag == "--out", flag
+folder = pathlib.Path(folder)
+for needed in {"last": ["first", "second"], "second": ["first"]}.get(name, []):
+    assert (folder.parent / needed / "product").exists(), needed
+if name == "broken":
+    sys.exit("nothing works")
+(folder / "product").write_text(str(len(list(folder.parent.glob("*/product")))))
+"""
+
+
+@pytest.fixture
+def phases(tmp_path, monkeypatch):
+    (tmp_path / "fake_phase.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(build, "RUNS", tmp_path / "runs")
+    names = {"first": (), "second": ("first",), "last": ("first", "second")}
+    made = {name: Phase(("fake_phase", name), needs, "product") for name, needs in names.items()}
+    monkeypatch.setattr(build, "PHASES", made)
+    return made
+
+
+def test_phases_run_in_order_and_are_not_run_again(phases, capsys):
+    build.run_phases()
+    products = {name: (build.RUNS / name / "product").read_text() for name in phases}
+    assert products == {"first": "0", "second": "1", "last": "2"}
+    (build.RUNS / "last" / "product").unlink()
+    capsys.readouterr()
+    build.run_phases()
+    said = capsys.readouterr().out
+    assert "first: done before" in said and "last: started" in said and "second: started" not in said
+
+
+def test_a_failed_phase_says_where_its_log_is(phases):
+    phases["second"] = Phase(("fake_phase", "broken"), ("first",), "product")
+    with pytest.raises(PhaseError, match=r"second ended with exit code 1; see .*second\.log"):
+        build.run_phases()
+    assert "nothing works" in (build.RUNS / "second.log").read_text()
+    assert not (build.RUNS / "last" / "product").exists()
+
+
+def test_real_phases_name_what_there_is():
+    for name, phase in build.PHASES.items():
+        assert set(phase.needs) <= set(build.PHASES), name
+    assert set(build.EMBEDDED.values()) <= set(build.PHASES)
+    assert parser().parse_args(["encoder", "--out", "x"]).out.name == "x"
+
+
+def test_questions_are_answered_from_the_right_picture():
+    figures = evaluate.answers(load("scenes-opt"), 24, "validation")
+    assert figures["color"] > 0.7 > 0.4 > figures["wrong picture color"]
+
+
+def test_captions_name_what_is_there():
+    figures = evaluate.captions(load("scenes-opt"), 24, "validation")
+    assert figures["object recall"] > 0.7 and figures["object precision"] > 0.7
+
+
+def test_retrieval_finds_its_own():
+    figures = evaluate.retrieval(load("scenes-itm"), 24, "validation")
+    assert figures["ITC image to text R@1"] > 0.7 and figures["ITC text to image R@1"] > 0.7
