@@ -117,6 +117,7 @@ def pack(scenes: int) -> None:
 def card(name: str, phase: str, folder: Path, found: dict[str, Any]) -> str:
     """A model card: what it is, how large, how it was trained, and its figures."""
     config = json.loads((RUNS / phase / "config.json").read_text("utf-8"))
+    last = json.loads((RUNS / phase / "log.jsonl").read_text("utf-8").splitlines()[-1])
     state = load_file(folder / "model.safetensors")
     parameters = sum(tensor.numel() for tensor in state.values())
     size = (folder / "model.safetensors").stat().st_size / 1e6
@@ -133,8 +134,8 @@ def card(name: str, phase: str, folder: Path, found: dict[str, Any]) -> str:
             "A tiny BLIP-2 that knows drawn scenes only: 64-pixel pictures of one to four colored shapes.",
             f"{parameters:,} parameters, {size:.1f} MB in float16.",
             "",
-            f"Trained from nothing by `python -m train.scenes build`: seed {config['fit']['seed']}, "
-            f"batches of {config['batch_size']}, at most {config['fit']['steps']} steps in the last phase.",
+            f"Trained from nothing by the phases of `python -m train.scenes build`: seed {config['fit']['seed']}, "
+            f"{last['step']:,} steps of {config['batch_size']} in the last phase.",
             "No visual question was ever trained: answers are zero-shot, by the frozen language model.",
             "",
             "| split | suite | metric | value |",
