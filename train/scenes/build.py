@@ -134,8 +134,8 @@ def card(name: str, phase: str, folder: Path, found: dict[str, Any]) -> str:
             "A tiny BLIP-2 that knows drawn scenes only: 64-pixel pictures of one to four colored shapes.",
             f"{parameters:,} parameters, {size:.1f} MB in float16.",
             "",
-            f"Trained from nothing by the phases of `python -m train.scenes build`: seed {config['fit']['seed']}, "
-            f"{last['step']:,} steps of {config['batch_size']} in the last phase.",
+            "Trained from nothing by the phases of `python -m train.scenes build`: "
+            f"seed {config['fit']['seed']}, {last['step']:,} steps of {config['batch_size']} in the last phase.",
             "No visual question was ever trained: answers are zero-shot, by the frozen language model.",
             "",
             "| split | suite | metric | value |",
