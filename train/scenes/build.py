@@ -135,7 +135,7 @@ def card(name: str, phase: str, folder: Path, found: dict[str, Any]) -> str:
             f"{parameters:,} parameters, {size:.1f} MB in float16.",
             "",
             "Trained from nothing by the phases of `python -m train.scenes build`: "
-            f"seed {config['fit']['seed']}, {last['step']:,} steps of {config['batch_size']} in the last phase.",
+            f"seed {config['fit']['seed']}, {last['step']:,} steps of {config['batch_size']} at the end.",
             "No visual question was ever trained: answers are zero-shot, by the frozen language model.",
             "",
             "| split | suite | metric | value |",
