@@ -181,10 +181,13 @@ def _cached_or_downloaded(
         safe = any(name.endswith(".safetensors") for name in names)
         patterns = ["*.json", "*.txt", "*.model", "*.safetensors" if safe else "*.bin"]
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:
+        # the hub's client passes its HTTP library's own errors on: httpx's or httpx2's, by version
+        if not isinstance(error, HfHubHTTPError | OSError) and not type(error).__module__.startswith("httpx"):
+            raise
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{repo_id} could not be downloaded: {reason}. {suggestions(repo_id)} "
+            f"{repo_id} could not be downloaded: {reason}. {'' if preset else suggestions(repo_id) + ' '}"
             f"Later, with a connection: {command}"
         ) from error
 

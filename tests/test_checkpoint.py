@@ -9,6 +9,7 @@ import tiny
 import torch
 import transformers
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -536,3 +537,22 @@ def test_weights_are_tensors_once(originals):
         assert stored.metadata() == {"format": "pt"}
     assert "language_model.lm_head.weight" not in names
     assert names == set(tiny.ours("opt").state_dict()) - {"language_model.lm_head.weight"}
+
+
+@pytest.mark.parametrize("module, expected", [("httpx2", CheckpointError), ("somewhere", RuntimeError)])
+def test_no_network_says_what_to_run_later(module, expected, monkeypatch):
+    """The Hub's client passes on its HTTP library's errors, which are no OSError; others are bugs."""
+    refused = type("ConnectError", (RuntimeError,), {"__module__": module})
+
+    def fail(*args, **kwargs):
+        raise refused("connection refused")
+
+    def nothing_cached(*args, **kwargs):
+        raise LocalEntryNotFoundError("")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(checkpoint, "snapshot_download", nothing_cached)
+    monkeypatch.setattr(checkpoint, "list_repo_files", fail)
+    with pytest.raises(expected, match="connection refused") as caught:
+        checkpoint.load("blip2-opt-2.7b")
+    assert (module == "httpx2") == ("hf download Salesforce/blip2-opt-2.7b" in str(caught.value))
