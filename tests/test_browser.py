@@ -99,8 +99,13 @@ def set_lengths(page, shortest, longest):
     page.get_by_role("button", name="Parameters").locator("visible=true").click()
     for label, value in (("Longest answer", longest), ("Shortest answer", shortest)):
         field = page.get_by_label(f"number input for {label}").locator("visible=true")
-        field.fill(str(value))
-        field.press("Tab")
+        for _ in range(5):  # a control that has just come into view takes its default, and drops what it had
+            field.fill(str(value))
+            field.press("Tab")
+            page.wait_for_timeout(300)
+            if field.input_value() == str(value):
+                break
+        expect(field).to_have_value(str(value))
 
 
 def draw(path, seed):
