@@ -112,8 +112,10 @@ def scenes_loader(
         split: "train" or "validation".
     """
     from train.scenes.encoder import normalize
-    from train.scenes.text import caption
+    from train.scenes.text import caption, telling_caption
     from train.scenes.world import render, sample
+
+    say = telling_caption if scenes.telling else caption
 
     def fetch(indices: list[int], generator: np.random.Generator) -> Batch:
         drawn = [sample(index, split) for index in indices]
@@ -121,7 +123,7 @@ def scenes_loader(
         pixels = np.stack([render(scene, scenes.image_size) for scene in drawn])
         return {
             "pixel_values": normalize(torch.from_numpy(pixels)),
-            **tokenize([caption(scene, words) for scene in drawn], generator),
+            **tokenize([say(scene, words) for scene in drawn], generator),
             "keys": [f"{split}/{index}" for index in indices],
         }
 

@@ -78,7 +78,7 @@ def describe(scene: Scene, rng: random.Random, *, full: bool = False) -> Descrip
         rng.shuffle(stated)
         stated = stated[: rng.choice((0, 1, 1, 2, 2, 3, 6))]
     stated = [(a, b) if rng.random() < 0.5 else (b, a) for a, b in stated]
-    facts = [text.relation_caption(a, b, rng, 0.2 if sizes else 0.0) for a, b in stated]
+    facts = [text.relation_caption(a, b) for a, b in stated]
     for _ in range(0 if full else rng.choice((0, 0, 1, 2))):
         make = rng.choice((text.count_caption, text.exist_caption, text.absence_caption))
         facts.append(make(things, rng))

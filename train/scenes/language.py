@@ -226,9 +226,9 @@ def gate(model: PreTrainedModel, count: int = 200, unseen: bool = False) -> dict
 
 def train_opt(
     out: str | Path,
-    steps: int = 2600,
+    steps: int = 5400,
     seed: int = 0,
-    size: int = 32,
+    size: int = 48,
     every: int = 100,
     scenes: int = 400,
     rate: float = 1.2e-3,
@@ -248,7 +248,7 @@ def train_opt(
         hidden_size=160,
         word_embed_proj_dim=160,
         ffn_dim=640,
-        num_hidden_layers=4,
+        num_hidden_layers=5,
         num_attention_heads=5,
         max_position_embeddings=512,
         dropout=0.0,
@@ -283,12 +283,12 @@ def train_t5(
     torch.manual_seed(seed)
     config = T5Config(
         vocab_size=len(text.vocabulary("t5")),
-        d_model=160,
+        d_model=192,
         d_kv=32,
         d_ff=256,
         num_layers=4,
         num_decoder_layers=2,
-        num_heads=8,
+        num_heads=10,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
         dense_act_fn="gelu",

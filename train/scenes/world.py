@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "heart", "diamond")
 PALETTE = {
@@ -34,7 +34,9 @@ COLORS = tuple(PALETTE)
 RADII = {"small": (0.095, 0.12), "large": (0.165, 0.205)}
 SIZES = tuple(RADII)
 STYLES = ("filled", "bordered", "outlined", "sketched")
-BACKGROUNDS = ("plain", "gradient", "cloudy")
+BACKGROUNDS = ("plain", "gradient", "cloudy", "striped", "checked")
+STROKES = (0.07, 0.3)  # thickness of a drawn line, of the radius
+THICK_CIRCLE = 0.17  # a circle drawn with a thicker line is a ring
 RELATIONS = ("left of", "right of", "above", "below")
 # (color, shape) pairs that no training scene shows: what is said of them must come from the parts.
 HELD_OUT = frozenset({("blue", "heart"), ("green", "star"), ("yellow", "cross"), ("purple", "ring")})
@@ -42,6 +44,7 @@ HELD_OUT = frozenset({("blue", "heart"), ("green", "star"), ("yellow", "cross"),
 SPLITS = ("train", "validation", "test")
 SEEDS_PER_SPLIT = 10**9
 MAX_THINGS = 4
+OVERLAP = 0.06  # of the sum of two radii
 MIN_STEP_X = 0.05  # things differ at least this much in x, so that "left to right" orders them visibly
 CLEAR_RATIO = 1.5  # a relation is clear where one axis dominates the other this much
 OVERSAMPLE = 3  # masks are drawn this much larger, then averaged down
@@ -49,7 +52,8 @@ OVERSAMPLE = 3  # masks are drawn this much larger, then averaged down
 
 @dataclass(frozen=True)
 class Thing:
-    """One colored shape. `x`, `y`, `radius` are fractions of the picture, `rotation` is in degrees."""
+    """One colored shape. `x`, `y`, `radius` are fractions of the picture, `rotation` is in degrees, `stroke` is
+    the thickness of its lines, of the radius, where it is outlined or sketched."""
 
     shape: str
     color: str
@@ -60,16 +64,21 @@ class Thing:
     rotation: float
     style: str
     rgb: tuple[int, int, int]
+    stroke: float = 0.3
 
 
 @dataclass(frozen=True)
 class Background:
-    """Two colors and how one passes into the other; `angle` (radians) is the direction of a gradient."""
+    """Two colors and how one passes into the other.
+
+    `angle` (radians) is the direction of a gradient or of stripes, `period` the width of a stripe, in pictures.
+    """
 
     kind: str
     first: tuple[int, int, int]
     second: tuple[int, int, int]
     angle: float
+    period: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,7 @@ class Scene:
     things: tuple[Thing, ...]
     background: Background
     noise: float  # standard deviation of the sensor noise, in gray levels of 255
+    blur: float = 0.0  # radius of a Gaussian, in hundredths of the picture
 
 
 def relation(a: Thing, b: Thing) -> str | None:
@@ -107,7 +117,9 @@ def sample(seed: int, split: str = "train") -> Scene:
     things = None
     while things is None:
         things = _place(rng, count, split)
-    return Scene(seed, things, _background(rng, things), rng.uniform(0, 7))
+    ground = _background(rng, things)
+    blur = rng.uniform(0.4, 1.1) if rng.random() < 0.25 else 0.0
+    return Scene(seed, things, ground, rng.uniform(0, 7) * (rng.random() < 0.8), blur)
 
 
 def _place(rng: random.Random, count: int, split: str) -> tuple[Thing, ...] | None:
@@ -143,21 +155,21 @@ def _kinds(rng: random.Random, count: int, split: str) -> list[tuple[str, str]]:
     return kinds
 
 
-def _look(rng: random.Random, shape: str, color: str) -> tuple[float, str, tuple[int, int, int]]:
-    style = rng.choices(STYLES, weights=(50, 20, 15, 15))[0]
-    if style == "outlined" and shape in ("circle", "ring"):
-        style = "filled"  # the outline of a circle is a ring
+def _look(rng: random.Random, shape: str, color: str) -> tuple[float, str, tuple[int, int, int], float]:
+    style = rng.choices(STYLES, weights=(40, 18, 17, 25))[0]
+    thinnest, thickest = STROKES
+    stroke = rng.uniform(thinnest, THICK_CIRCLE if shape in ("circle", "ring") else thickest)
     turn = 180 if shape == "star" else 15  # a square turned by 45 degrees is a diamond
     light = rng.uniform(-14, 14)
     rgb = tuple(min(255, max(0, round(c + light + rng.uniform(-10, 10)))) for c in PALETTE[color])
-    return rng.uniform(-turn, turn), style, rgb  # type: ignore[return-value]
+    return rng.uniform(-turn, turn), style, rgb, stroke  # type: ignore[return-value]
 
 
 def _fits(thing: Thing, others: list[Thing]) -> bool:
     """Hardly any overlap, a visible order from left to right, and a clear relation to at least one other."""
     for other in others:
         gap = math.hypot(thing.x - other.x, thing.y - other.y)
-        if gap < 0.97 * (thing.radius + other.radius) or abs(thing.x - other.x) < MIN_STEP_X:
+        if gap < (1 - OVERLAP) * (thing.radius + other.radius) or abs(thing.x - other.x) < MIN_STEP_X:
             return False
     return not others or any(relation(thing, other) for other in others)
 
@@ -172,17 +184,20 @@ def _background(rng: random.Random, things: tuple[Thing, ...]) -> Background:
         second = _ground(rng, things)
     else:
         second = first
-    return Background(kind, first, second, rng.uniform(0, 2 * math.pi))
+    return Background(kind, first, second, rng.uniform(0, 2 * math.pi), rng.uniform(0.03, 0.2))
 
 
 def _ground(rng: random.Random, things: tuple[Thing, ...]) -> tuple[int, int, int]:
+    white = rng.random() < 0.15  # as paper is
     for _ in range(12):
+        if white:
+            break
         level = rng.choice((rng.uniform(190, 250), rng.uniform(15, 60), rng.uniform(110, 170)))
         tint = 30 if level > 100 else 15
         rgb = tuple(min(255, max(0, round(level + rng.uniform(-tint, tint)))) for _ in range(3))
         if all(math.dist(rgb, thing.rgb) > 105 for thing in things):
             return rgb  # type: ignore[return-value]
-    return (252, 252, 252)
+    return (255, 255, 255)
 
 
 # ---------------------------------------------------------------- drawing
@@ -238,14 +253,15 @@ def _masks(thing: Thing, size: int, wobble: np.random.Generator) -> tuple[int, i
 
     whole = Image.new("L", full)
     ImageDraw.Draw(whole).polygon(polygon, fill=255)
-    stroke = max(thing.radius * 0.3, 1.6 / size) * scale
-    hollow = thing.style in ("outlined", "sketched") and thing.shape not in ("circle", "ring")
+    stroke = round(max(thing.radius * thing.stroke, 1.2 / size) * scale)
+    hollow = thing.style in ("outlined", "sketched") and (thing.shape != "ring" or thing.size == "large")
     body = Image.new("L", full) if hollow else whole.copy()
     draw = ImageDraw.Draw(body)
-    if hollow:
-        draw.line([*polygon, polygon[0], polygon[1]], fill=255, width=round(stroke), joint="curve")
     hole = [tuple(p) for p in (points * scale * 0.52 + center).tolist()]
-    if thing.shape == "ring":
+    if hollow:
+        for edge in (polygon, hole) if thing.shape == "ring" else (polygon,):
+            draw.line([*edge, edge[0], edge[1]], fill=255, width=stroke, joint="curve")
+    elif thing.shape == "ring":
         draw.polygon(hole, fill=0)
     masks = [body, Image.new("L", full), whole]
     if thing.style == "bordered":
@@ -264,6 +280,13 @@ def _ground_pixels(background: Background, size: int, rng: np.random.Generator) 
         along = np.linspace(-0.5, 0.5, size, dtype=np.float32)
         mix = along * math.cos(background.angle) + along[:, None] * math.sin(background.angle)
         mix = mix / 1.42 + 0.5
+    elif background.kind in ("striped", "checked"):
+        along = np.linspace(0, math.pi / background.period, size, dtype=np.float32)
+        cos, sin = math.cos(background.angle), math.sin(background.angle)
+        mix = np.sin(along * cos + along[:, None] * sin)
+        if background.kind == "checked":
+            mix = mix * np.sin(along[:, None] * cos - along * sin)
+        mix = 0.35 * np.clip(3 * mix, -1, 1) + 0.35  # faint: lines must stand out against it
     else:
         mix = np.zeros((size, size), np.float32)
         for cells, weight in ((4, 0.65), (9, 0.35)):
@@ -288,6 +311,8 @@ def render(scene: Scene, size: int = 64) -> np.ndarray:
         picture.paste(thing.rgb, (left, top), body)
         if thing.style == "bordered":
             picture.paste((240, 240, 235) if dark else (20, 20, 25), (left, top), border)
+    if scene.blur:
+        picture = picture.filter(ImageFilter.GaussianBlur(scene.blur * size / 100))
     noise = rng.standard_normal((size, size, 3), dtype=np.float32) * scene.noise
     return np.clip(np.asarray(picture) + noise, 0, 255).astype(np.uint8)
 
