@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .generation import Generation, TextCache, decode, generate
+from .generation import Generation, TextCache, decode, describe, generate
 from .images import ImageSource
 from .model import Blip2
 from .processing import Processor, PromptError, Style
@@ -88,12 +88,22 @@ class Chat:
         processor: its processor.
         pool: where key-value caches live between turns; by default one pool serves the whole process.
         style: frame of the questions; by default the paper's for this language model.
+        describe: let the model caption the picture first, and put the caption between picture and questions;
+            by default as the model's configuration says (`describe_first`), or else not.
     """
 
     def __init__(
-        self, model: Blip2, processor: Processor, *, pool: CachePool | None = None, style: Style | None = None
+        self,
+        model: Blip2,
+        processor: Processor,
+        *,
+        pool: CachePool | None = None,
+        style: Style | None = None,
+        describe: bool | None = None,
     ):
         self.model, self.processor = model, processor
+        self.describe = getattr(model.config, "describe_first", False) if describe is None else describe
+        self.description = ""
         self.style: Style = style or processor.question_style
         self.turns: list[Turn] = []
         self.image: ImageFeatures | None = None
@@ -117,7 +127,7 @@ class Chat:
             image = self.model.encode_image(self.processor.images(image).to(device))
         if len(image) != 1:
             raise ValueError(f"a chat is about one picture, not {len(image)}")
-        self.image = image
+        self.image, self.description = image, ""
         self._pool.drop(self._key)
         if not keep_turns:
             self.turns.clear()
@@ -147,6 +157,8 @@ class Chat:
         generation = (generation or Generation()).with_(**settings)
         if generation.num_captions != 1:
             raise ValueError(f"a chat turn has one answer; num_captions is {generation.num_captions}")
+        if self.describe and not self.description and self.style != "raw":
+            self.description = describe(self.model, self.processor, self.image)[0]
         turn, tokens = self._prompt(question, generation)
         return self._answer(turn, tokens, self.image, generation)
 
@@ -157,7 +169,7 @@ class Chat:
             (self.processor.context or 1 << 30) - self.processor.num_query_tokens - generation.max_new_tokens
         )
         for dropped in range(len(history) + 1):
-            prompt = self.processor.prompt(question, self.style, history[dropped:])
+            prompt = self.processor.prompt(question, self.style, history[dropped:], self.description)
             last = dropped == len(history)
             if not last and len(self.processor.tokenizer(prompt)["input_ids"]) > room:
                 continue

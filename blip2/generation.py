@@ -28,6 +28,7 @@ from .processing import Processor
 from .vision import ImageFeatures
 
 Method = Literal["greedy", "beam", "nucleus"]
+DESCRIPTION = "a photo of"  # what a description goes on from
 
 
 @dataclass(frozen=True)
@@ -278,3 +279,9 @@ def generate(
         texts[start : start + generation.num_captions]
         for start in range(0, len(texts), generation.num_captions)
     ]
+
+
+def describe(model: Blip2, processor: Processor, image: ImageFeatures) -> list[str]:
+    """The model's own caption of each image, greedy, for "describe, then answer"."""
+    prompt = processor.prompt(DESCRIPTION, "caption")
+    return [text for [text] in generate(model, processor, image, prompt, Generation(max_new_tokens=30))]

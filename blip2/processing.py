@@ -152,7 +152,9 @@ class Processor:
 
     # --- text ---
 
-    def prompt(self, text: str = "", style: Style = "question", history: Sequence[Turn] = ()) -> str:
+    def prompt(
+        self, text: str = "", style: Style = "question", history: Sequence[Turn] = (), description: str = ""
+    ) -> str:
         """The exact text a model is sent.
 
         Args:
@@ -160,6 +162,7 @@ class Processor:
             style: "question" and "short" frame a question and the turns before it ("short" is Flan-T5's
                 default: "Question: ... Short answer:"); "caption" and "raw" leave text as it is.
             history: earlier questions and their answers, oldest first.
+            description: of the picture, put before the questions ("describe, then answer").
 
         Raises:
             PromptError: no question, or a text of more than MAX_PROMPT_CHARACTERS.
@@ -183,6 +186,8 @@ class Processor:
             return text  # someone wrote the frame by hand
         answer = "Answer:" if style == "question" else "Short answer:"
         turns = [f"Question: {question} Answer: {reply.rstrip('.')}." for question, reply in history]
+        if description:
+            turns.insert(0, f"{description.strip().rstrip('.')}.")
         return " ".join([*turns, f"Question: {text} {answer}"])
 
     @property

@@ -7,7 +7,7 @@ import tiny
 from PIL import Image
 
 from blip2.chat import CachePool, Chat
-from blip2.generation import Generation
+from blip2.generation import Generation, generate
 from blip2.processing import Processor, PromptError
 
 LONG = Generation(method="nucleus", top_p=1.0, temperature=3.0, seed=1, max_new_tokens=12, min_new_tokens=12)
@@ -163,3 +163,27 @@ def test_bad_use(chat):
     with pytest.raises(ValueError, match="set_image"):
         Chat(chat.model, chat.processor).ask("what color ?")
     assert chat.turns == []
+
+
+def test_describe_first_puts_the_own_caption_between_picture_and_questions(chat):
+    plain = chat.ask("how many ?")
+    chat.clear()
+    chat.describe = True
+    chat.ask("how many ?")
+    chat.ask("what color is it ?")
+    caption = generate(
+        chat.model, chat.processor, chat.image, "a photo of", Generation(max_new_tokens=30)
+    )[0][0]  # fmt: skip
+    assert chat.description == caption and caption
+    for turn in chat.turns:
+        assert turn.prompt.startswith(f"{caption.rstrip('.')}. Question: how many ?")
+    chat.set_image(Image.new("RGB", (40, 30), "blue"))
+    assert not chat.description
+    chat.describe = False
+    chat.set_image(Image.new("RGB", (40, 30), "red"))
+    assert chat.ask("how many ?") == plain
+    chat.model.config.describe_first = True  # what a checkpoint says is the default
+    assert (
+        Chat(chat.model, chat.processor).describe
+        and not Chat(chat.model, chat.processor, describe=False).describe
+    )

@@ -50,7 +50,7 @@ class Scenes:
     image_size: int = 64
     """Pixels."""
     telling: bool = False
-    """Only captions that fit few other scenes: ITC and ITM take every other pair of a batch for a mismatch."""
+    """Only captions that fit few other scenes, for ITC and ITM take all other pairs for mismatches."""
 
     def missing(self) -> list[str]:
         return []

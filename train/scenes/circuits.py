@@ -31,8 +31,9 @@ def start_opt(model: OPTForCausalLM, seed: int) -> None:
     Positions are sinusoids in the first D dimensions (D = width of a head), words live in the rest. Layer 0:
     heads that copy the word 1 to 5 places back ("ring ? answer :" has the noun 3 back, its color 4).
     Layer 1: heads that look for the copied word in the text and take the word before it, and their kin.
-    Layer 2: from the noun that ends "left of the blue star", heads that look for a text that ends so, or begins
-    with the star and turns the place around, and take the other thing. Layer 3: heads that bring it to ":".
+    Layer 2: from the noun that ends "left of the blue star", heads that look for a text that ends so, or
+    begins with the star and turns the place around, and take the other thing. Layer 3: heads that bring it to
+    ":".
     """
     generator = torch.Generator().manual_seed(seed)
     decoder = model.model.decoder
@@ -114,9 +115,23 @@ def start_opt(model: OPTForCausalLM, seed: int) -> None:
     # Both things asked about, whatever the place: what place is stated of them, either way round?
     both, turned_round = ends + spin[4] @ begins, begins + spin[4] @ ends
     named = sharp * both + shy * near
-    lay(2, 4, query=sharp * both + shy * apart, key=named, value=copy[3] + spin[4] @ copy[4], write=0.2 * space(-9).T)
+    lay(
+        2,
+        4,
+        query=sharp * both + shy * apart,
+        key=named,
+        value=copy[3] + spin[4] @ copy[4],
+        write=0.2 * space(-9).T,
+    )
     named = sharp * turned_round + shy * near
-    lay(1, 4, query=sharp * both + shy * apart, key=named, value=inverse @ copy[3] + spin[4] @ read, write=write[4])
+    lay(
+        1,
+        4,
+        query=sharp * both + shy * apart,
+        key=named,
+        value=inverse @ copy[3] + spin[4] @ read,
+        write=write[4],
+    )
     lay(3, 4, query=1.7 * turn(3) @ eye, key=1.7 * eye, value=space(-9), write=0.2 * space(-9).T)
     for head, back in enumerate((3, 3, 4, 4)):
         found = torch.cat([decoder.layers[2].self_attn.out_proj.weight[:, rows * dim : rows * dim + room].T
@@ -154,8 +169,8 @@ def start_t5(model: T5ForConditionalGeneration, seed: int) -> None:
     The relative bias serves all layers of the encoder, so some heads look at a fixed place in every layer and
     the others look for words, neither at themselves nor at the question's own noun. Block 0 copies the words
     around, block 1 looks the question's noun up from </s>, block 2 looks "left of the blue star" up from the
-    star, block 3 brings that to </s>. The decoder's first token reads what is collected there; later ones find
-    the encoder's token that follows the word just said.
+    star, block 3 brings that to </s>. The decoder's first token reads what is collected there; later ones
+    find the encoder's token that follows the word just said.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config

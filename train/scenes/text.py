@@ -122,8 +122,8 @@ question short answer picture image photo color colour shape size number
 what which how many big does do you see can tell me name has have for count show say it
 """
 WORDS = (
-    *COLORS, *RELATIONS[:2], *SHAPES, *(shape + "s" for shape in SHAPES if shape != "cross"), "crosses", *SIZES, *NUMBERS,
-    *_FUNCTION_WORDS.split(),
+    *COLORS, *RELATIONS[:2], *SHAPES, *(shape + "s" for shape in SHAPES if shape != "cross"), "crosses",
+    *SIZES, *NUMBERS, *_FUNCTION_WORDS.split(),
 )  # fmt: skip
 
 

@@ -52,8 +52,11 @@ OVERSAMPLE = 3  # masks are drawn this much larger, then averaged down
 
 @dataclass(frozen=True)
 class Thing:
-    """One colored shape. `x`, `y`, `radius` are fractions of the picture, `rotation` is in degrees, `stroke` is
-    the thickness of its lines, of the radius, where it is outlined or sketched."""
+    """One colored shape.
+
+    `x`, `y`, `radius` are fractions of the picture, `rotation` is in degrees, `stroke` is the thickness of its
+    lines, of the radius, where it is outlined or sketched.
+    """
 
     shape: str
     color: str
@@ -71,7 +74,8 @@ class Thing:
 class Background:
     """Two colors and how one passes into the other.
 
-    `angle` (radians) is the direction of a gradient or of stripes, `period` the width of a stripe, in pictures.
+    `angle` (radians) is the direction of a gradient or of stripes, `period` the width of a stripe, of the
+    picture.
     """
 
     kind: str
