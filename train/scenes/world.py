@@ -54,8 +54,8 @@ OVERSAMPLE = 3  # masks are drawn this much larger, then averaged down
 class Thing:
     """One colored shape.
 
-    `x`, `y`, `radius` are fractions of the picture, `rotation` is in degrees, `stroke` is the thickness of its
-    lines, of the radius, where it is outlined or sketched.
+    `x`, `y`, `radius` are fractions of the picture, `rotation` is in degrees, `stroke` is the thickness of
+    its lines, of the radius, where it is outlined or sketched.
     """
 
     shape: str
