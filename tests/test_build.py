@@ -1,9 +1,13 @@
 """The build of the embedded checkpoints: order, resuming, failures; and its suites on the shipped weights."""
 
+import json
+
 import pytest
+import tyro
 
 from blip2.checkpoint import load
-from train.scenes import build, evaluate
+from train.recipes import RECIPES
+from train.scenes import build, evaluate, experiment, text
 from train.scenes.__main__ import parser
 from train.scenes.build import Phase, PhaseError
 
@@ -60,7 +64,11 @@ def test_real_phases_name_what_there_is():
 @pytest.mark.parametrize("name, least", [("scenes-opt", 0.8), ("scenes-flan-t5", 0.5)])
 def test_questions_are_answered_from_the_right_picture(name, least):
     figures = evaluate.answers(load(name), 48, "validation")
-    assert figures["color"] > least > 0.35 > figures["wrong picture color"]
+    below = evaluate.baselines(load(name), 48, "validation")
+    assert figures["color"] > least > 0.35 > below["wrong picture"]["color"]
+    assert below["blind"]["color"] < 0.35 and below["true text"]["color"] > 0.9
+    described = evaluate.answers(load(name), 48, "validation", described=True)
+    assert described["color"] > least
 
 
 def test_captions_name_what_is_there():
@@ -71,3 +79,37 @@ def test_captions_name_what_is_there():
 def test_retrieval_finds_its_own():
     figures = evaluate.retrieval(load("scenes-itm"), 24, "validation")
     assert figures["ITC image to text R@1"] > 0.7 and figures["ITC text to image R@1"] > 0.7
+
+
+def test_experiment_is_made_of_runs_that_exist():
+    found = experiment.phases()
+    assert len([name for name in found if name.endswith("-stage2")]) == 9
+    for name, phase in found.items():
+        assert set(phase.needs) <= set(found), name
+        if phase.command[0] == "train.pretrain":
+            choices = {key: (make.__doc__, make()) for key, make in RECIPES.items()}
+            flat = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
+            recipe = tyro.extras.overridable_config_cli(choices, args=list(phase.command[1:]), config=flat)
+            assert recipe.data.features.endswith("hidden.npy") and recipe.fit.max_minutes is None
+            if recipe.stage == 1:
+                left_out = {"itc", "itm", "itg"} - set(recipe.objectives)
+                assert left_out == {name.split("-")[0]} - {"with"}
+
+
+def test_curves_and_report(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(experiment, "ROOT", tmp_path)
+    for name in experiment.phases():
+        if name.endswith("-stage2"):
+            (tmp_path / name).mkdir()
+            rows = [{"step": 20, "loss": 1.0}]
+            for step in (200, 400):
+                values = {f"eval/{kind}": step / 400 - ("without" in name) / 4 for kind in text.KINDS}
+                rows.append({"step": step, "eval/loss_lm": 1.0, **values})
+            (tmp_path / name / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    experiment.report(tmp_path / "docs")
+    table = (tmp_path / "docs" / "experiment.md").read_text()
+    assert (
+        "| without stage 1 | 3 | 0.750 (0.750 - 0.750) |" in table and "| without ITG | 1 | 1.000 |" in table
+    )
+    assert (tmp_path / "docs" / "experiment.png").stat().st_size > 10_000

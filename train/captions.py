@@ -116,18 +116,26 @@ def scenes_loader(
     from train.scenes.world import render, sample
 
     say = telling_caption if scenes.telling else caption
+    number = scenes.num_scenes if split == "train" else scenes.num_validation
+    hidden = None
+    if scenes.features is not None and split == "train":
+        hidden = np.load(scenes.features, mmap_mode="r")
+        number = min(number, len(hidden))
 
     def fetch(indices: list[int], generator: np.random.Generator) -> Batch:
         drawn = [sample(index, split) for index in indices]
         words = random.Random(int(generator.integers(2**63)))
-        pixels = np.stack([render(scene, scenes.image_size) for scene in drawn])
+        if hidden is not None:
+            image = {"image_hidden": torch.from_numpy(hidden[indices])}
+        else:
+            pixels = np.stack([render(scene, scenes.image_size) for scene in drawn])
+            image = {"pixel_values": normalize(torch.from_numpy(pixels))}
         return {
-            "pixel_values": normalize(torch.from_numpy(pixels)),
+            **image,
             **tokenize([say(scene, words) for scene in drawn], generator),
             "keys": [f"{split}/{index}" for index in indices],
         }
 
-    number = scenes.num_scenes if split == "train" else scenes.num_validation
     world = distributed.world_size()
     return IndexLoader(
         number, batch_size // world, fetch, seed=seed, rank=distributed.rank(), world_size=world

@@ -59,13 +59,16 @@ def _image_embeds(model: Blip2Representation | Blip2, batch: Batch) -> Tensor:
 class Stage1(nn.Module):
     """Vision-language representation learning: ITC + ITM + ITG on the global batch; the encoder is frozen."""
 
-    def __init__(self, model: Blip2Representation):
+    def __init__(self, model: Blip2Representation, objectives: Sequence[str] = ("itc", "itm", "itg")):
         super().__init__()
-        self.model = model
+        self.model, self.objectives = model, tuple(objectives)
         model.freeze_vision()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses on pixel_values or image_hidden, input_ids and attention_mask of `representation_tokens`."""
+        """Losses on pixel_values or image_hidden, input_ids and attention_mask of `representation_tokens`.
+
+        A loss that is not among `objectives` loses its prefix, and `fit` leaves it out of the sum.
+        """
         losses = self.model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -74,7 +77,11 @@ class Stage1(nn.Module):
             gather_with_grad=distributed.gather_with_grad if distributed.is_distributed() else None,
             rank=distributed.rank(),
         )
-        return {**losses, "temperature": self.model.temperature}
+        named = {
+            name if name.removeprefix("loss_") in self.objectives else name.removeprefix("loss_"): value
+            for name, value in losses.items()
+        }
+        return {**named, "temperature": self.model.temperature}
 
 
 class Stage2(nn.Module):
@@ -194,7 +201,7 @@ def start(recipe: Recipe) -> tuple[nn.Module, Processor]:
         representation = new_representation(recipe, Path(recipe.start_from), tokenizer)
         if recipe.bert is not None:
             qformer_from_bert(recipe.bert, representation)
-        return Stage1(representation), _processor(representation, tokenizer, "bert")
+        return Stage1(representation, recipe.objectives), _processor(representation, tokenizer, "bert")
 
     loaded = checkpoint.load(recipe.start_from, precision="float32", device="cpu")
     if not isinstance(loaded.model, Blip2Representation):
@@ -268,6 +275,17 @@ def run(recipe: Recipe, name: str = "custom") -> Result:
     evaluate = mean_losses(
         lambda: scenes_loader(scenes, tokenize, size, split="validation"), scenes.num_validation // size
     )
+    losses = evaluate
+
+    def losses_and_answers(objective: nn.Module) -> dict[str, float]:
+        from train.scenes.evaluate import answers
+
+        model: Any = objective.model
+        loaded = checkpoint.Loaded(model, processor, name, "float32", model.device, output, [])
+        return {**losses(objective), **answers(loaded, scenes.num_asked, "validation")}
+
+    if recipe.stage == 2 and scenes.num_asked:
+        evaluate = losses_and_answers
     # On a CPU plain attention is the faster for short sequences: 1.4 times in bf16 without dropout.
     plain = sdpa_kernel(SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext()
     with plain:

@@ -51,9 +51,14 @@ class Scenes:
     """Pixels."""
     telling: bool = False
     """Only captions that fit few other scenes, for ITC and ITM take all other pairs for mismatches."""
+    features: str | None = None
+    """File of the training scenes as the frozen encoder sees them; None draws and encodes them."""
+    num_asked: int = 0
+    """Validation scenes about which the evaluation of stage 2 asks questions, besides taking losses."""
 
     def missing(self) -> list[str]:
-        return []
+        lacking = self.features is not None and not Path(self.features).exists()
+        return [f"cached features: there is no file {self.features}"] if lacking else []
 
 
 @dataclass(frozen=True)
@@ -94,12 +99,16 @@ class Recipe:
     """Tokens of a caption; longer ones are cut [C]."""
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     """Stage 1 only: stage 2 takes over what stage 1 trained."""
+    objectives: tuple[Literal["itc", "itm", "itg"], ...] = ("itc", "itm", "itg")
+    """Stage 1 only: the losses that are summed; the others are computed and logged, but not learned from."""
     threads: int | None = None
     """CPU threads of each process; None leaves torch's choice."""
 
     def __post_init__(self) -> None:
         if self.stage == 2 and self.language_model is None:
             raise RecipeError("stage 2 needs a language_model; none is named")
+        if not self.objectives:
+            raise RecipeError("objectives is empty; stage 1 trains at least one of itc, itm, itg")
         if self.batch_size < 2:
             raise RecipeError(f"batch_size is {self.batch_size}; ITC and ITM compare at least 2 pairs")
 

@@ -56,40 +56,50 @@ class PhaseError(RuntimeError):
     """A phase failed; its log says why."""
 
 
-def run_phase(name: str) -> float:
-    """Run one phase to its end; returns the minutes it took. Its output goes to runs/scenes/NAME.log."""
-    folder, log = RUNS / name, RUNS / f"{name}.log"
+def run_phase(name: str, phase: Phase, root: Path) -> float:
+    """Run one phase to its end; returns the minutes it took. Its output goes to ROOT/NAME.log."""
+    folder, log = root / name, root / f"{name}.log"
     folder.mkdir(parents=True, exist_ok=True)
-    flag = "--output" if PHASES[name].command[0] == "train.pretrain" else "--out"
+    flag = "--output" if phase.command[0] == "train.pretrain" else "--out"
     started = time.monotonic()
     with log.open("a", encoding="utf-8") as file:
         code = subprocess.run(
-            [sys.executable, "-u", "-m", *PHASES[name].command, flag, str(folder)],
+            [sys.executable, "-u", "-m", *phase.command, flag, str(folder)],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             check=False,
         ).returncode
-    if code or not (folder / PHASES[name].product).exists():
+    if code or not (folder / phase.product).exists():
         raise PhaseError(
             f"phase {name} ended with exit code {code}; see {log}. The same command goes on from there"
         )
     return (time.monotonic() - started) / 60
 
 
-def run_phases(jobs: int = 2) -> None:
-    """Run what is not done yet, `jobs` phases at a time, in the order of PHASES where they do not depend."""
-    done = {name for name, phase in PHASES.items() if (RUNS / name / phase.product).exists()}
-    for name in done:
-        print(f"{name}: done before, in {RUNS / name}", flush=True)
+def run_phases(phases: dict[str, Phase] | None = None, root: Path | None = None, jobs: int = 2) -> None:
+    """Run what is not done yet, `jobs` phases at a time, in their order where they do not depend.
+
+    Args:
+        phases: by default the build's.
+        root: where each has a folder; by default RUNS.
+        jobs: how many at a time, a thread each.
+
+    Raises:
+        PhaseError: one failed; those under way are waited for.
+    """
+    phases, root = phases or PHASES, root or RUNS
+    done = {name for name, phase in phases.items() if (root / name / phase.product).exists()}
+    for name in sorted(done):
+        print(f"{name}: done before, in {root / name}", flush=True)
     running: dict[Future[float], str] = {}
     with ThreadPoolExecutor(jobs) as pool:
-        while len(done) < len(PHASES):
-            for name, phase in PHASES.items():
+        while len(done) < len(phases):
+            for name, phase in phases.items():
                 free = len(running) < jobs and name not in done and name not in running.values()
                 if free and done.issuperset(phase.needs):
-                    print(f"{name}: started, log in {RUNS / name}.log", flush=True)
-                    running[pool.submit(run_phase, name)] = name
+                    print(f"{name}: started, log in {root / name}.log", flush=True)
+                    running[pool.submit(run_phase, name, phase, root)] = name
             finished, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in finished:
                 name = running.pop(future)
