@@ -177,7 +177,7 @@ def start_t5(model: T5ForConditionalGeneration, seed: int) -> None:
     width, dim, heads = config.d_model, config.d_kv, config.num_heads
     words = model.shared.weight.normal_(0, 1 / math.sqrt(width), generator=generator)
     room = dim // 2
-    places = dict(enumerate((-1, -2, -3, -4, -5, -6)))
+    places = dict(enumerate((-1, -2, -3, -4, -5, -6, -5)))
     # Orthogonal spaces: to read words from, for the copies, for four findings; one more for related things.
     basis = _rows(width, width, generator)
     spaces = 0.02 * torch.randn(12, dim, width, generator=generator)  # not zero: zeros would never learn
@@ -212,10 +212,11 @@ def start_t5(model: T5ForConditionalGeneration, seed: int) -> None:
     bias = first.relative_attention_bias.weight.zero_()  # row: places back, up to 7
     for head, place in places.items():
         bias[-place, head] = 10.0
-    hue, large, pair, thing = range(len(places), len(places) + 4)  # the heads that look for words
+    hue, large, pair, thing, straight, around = range(len(places), heads)  # the heads that look for words
     for head in range(len(places), heads):
         bias[0, head], bias[5, head], bias[6, head] = -30.0, -30.0, -30.0
-    bias[config.relative_attention_num_buckets // 2 + 4, thing] = -30.0  # ":" has the question's noun 4 back
+    forward = config.relative_attention_num_buckets // 2
+    bias[forward + 4, thing], bias[forward + 4, around] = -30.0, -30.0  # ":" has the question's noun 4 back
     for block in encoder:
         block.layer[0].SelfAttention.q.weight[: len(places) * dim] *= 0.1
 
@@ -232,9 +233,9 @@ def start_t5(model: T5ForConditionalGeneration, seed: int) -> None:
             attention.q.weight[rows], attention.k.weight[rows] = query, key
         attention.v.weight[rows], attention.o.weight[:, rows] = value, long * write
 
-    copy = dict(zip(places.values(), spaces[1:7], strict=True))
+    copy = dict(zip(dict.fromkeys(places.values()), spaces[1:7], strict=True))
     own = 0.7  # the length of a code; what a head writes is to be of length 1
-    for head, place in places.items():
+    for head, place in list(places.items())[:6]:
         lay(first, head, None, None, read, copy[place].T / (own * math.sqrt(width)))
     sharp, gain = 0.9, 0.2
     noun, color, here, before = sharp * copy[-5], sharp * copy[-6], sharp * read, sharp * own * copy[-1]
@@ -257,10 +258,20 @@ def start_t5(model: T5ForConditionalGeneration, seed: int) -> None:
     lay(third, hue, sharp * ends, sharp * ends, copy[-4] + copy[-5].roll(room, 0), gain * related.T)
     other = read / own + copy[-1].roll(room, 0)
     lay(third, thing, sharp * swapped, sharp * begins, other, gain * related.T)
+    # Both things asked about, whatever the place: what place is stated of them, either way round?
+    second_thing, first_thing = read + own * spin[-1] @ copy[-1], own * (copy[-4] + spin[-1] @ copy[-5])
+    both = sharp * (second_thing + first_thing.roll(room, 0))
+    turned_round = sharp * (first_thing + second_thing.roll(room, 0))
+    free = [_rows(dim, width, generator) for _ in range(4)]
+    found_place = copy[-3] + copy[-4].roll(room, 0)
+    lay(third, straight, both, both, found_place, gain * free[0].T)
+    found_place = inverse @ copy[-3] + read.roll(room, 0) / own
+    lay(third, around, both, turned_round, found_place, gain * free[1].T)
     lay(fourth, 4, None, None, related, gain * related.T)
+    lay(fourth, 6, None, None, free[2], gain * free[3].T)
     cross = decoder[0].layer[1].EncDecAttention
     for head, code in enumerate((*found, related, related.roll(room, 0))):
         lay(cross, head, None, None, code, gain * read.T)
         cross.q.weight[head * dim], cross.k.weight[head * dim] = 0.7 * start, end
-    for head in (6, 7):
+    for head in (6, 7, 8):
         lay(cross, head, 1.2 * read, copy[-1], 2 * read, gain * read.T)  # what follows the word just said

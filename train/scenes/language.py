@@ -116,8 +116,10 @@ def fit(
     every: int = 100,
     look: int = 60,
     slow: tuple[str, ...] = (),
-) -> None:
+) -> float:
     """Train, keeping a state in `out` that the next call resumes from; `save` deletes it.
+
+    Returns the seconds it took, earlier calls included.
 
     Args:
         every: steps between two looks at the gate, each of which also saves the state.
@@ -141,12 +143,12 @@ def fit(
         betas=(0.9, 0.98),
         fused=True,
     )
-    first = 0
+    first, before = 0, 0.0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+        first, before = state["step"], state["seconds"]
     model.set_attn_implementation("eager")  # much faster here than the fused kernel
     started, running, tokens = time.monotonic(), 0.0, 0
     model.train()
@@ -176,9 +178,11 @@ def fit(
             running = 0.0
             temporary = state_file.with_suffix(".tmp")
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+            state["seconds"] = before + seconds
             torch.save(state, temporary)
             os.replace(temporary, state_file)
     model.eval()
+    return before + time.monotonic() - started
 
 
 # ---------------------------------------------------------------- the gate: questions on text
@@ -266,8 +270,9 @@ def train_opt(
     def stream(first: int) -> Iterator[Batch]:
         return batches(make, collate_opt, seed, first, steps, size)
 
-    fit(model, stream, out=Path(out), steps=steps, rate=rate, every=every, look=min(60, scenes))
-    return save(model, "opt", Path(out), scenes, {"steps": steps, "seed": seed, "batch": size, "rate": rate})
+    seconds = fit(model, stream, out=Path(out), steps=steps, rate=rate, every=every, look=min(60, scenes))
+    run = {"steps": steps, "seed": seed, "batch": size, "rate": rate, "seconds": round(seconds)}
+    return save(model, "opt", Path(out), scenes, run)
 
 
 def train_t5(
@@ -288,7 +293,7 @@ def train_t5(
         d_ff=256,
         num_layers=4,
         num_decoder_layers=2,
-        num_heads=10,
+        num_heads=13,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
         dense_act_fn="gelu",
@@ -310,9 +315,11 @@ def train_t5(
     def stream(first: int) -> Iterator[Batch]:
         return batches(make, collate_t5, seed, first, steps, size)
 
-    fit(model, stream, out=Path(out), steps=steps, rate=rate, every=every, look=min(60, scenes), slow=LAID_T5)
+    look = min(60, scenes)
+    seconds = fit(model, stream, out=Path(out), steps=steps, rate=rate, every=every, look=look, slow=LAID_T5)
     model.config.tie_word_embeddings = False  # as the released files say
-    return save(model, "t5", Path(out), scenes, {"steps": steps, "seed": seed, "batch": size, "rate": rate})
+    run = {"steps": steps, "seed": seed, "batch": size, "rate": rate, "seconds": round(seconds)}
+    return save(model, "t5", Path(out), scenes, run)
 
 
 def save(model: PreTrainedModel, family: str, out: Path, scenes: int, run: dict[str, float]) -> dict:
