@@ -22,9 +22,8 @@ def named(words: str, scene) -> list:
 
 def test_relation_captions_are_true():
     for scene in SCENES:
-        rng = random.Random(scene.seed)
         for a, b in text.clear_pairs(scene.things):
-            said = re.sub(r"\b(the|an)\b", "a", text.relation_caption(a, b, rng)).replace(" is ", " ")
+            said = re.sub(r"\ban\b", "a", text.relation_caption(a, b))
             where = next(name for name in text.INVERSE if f" {name} " in said)
             first, second = (part.removeprefix("a ") for part in said.split(f" {where} "))
             (one,), (other,) = named(first, scene), named(second, scene)
@@ -79,8 +78,8 @@ def test_answers_are_true(unseen):
 
 def test_wordings_for_tests_are_not_trained_on():
     for wordings in text.WORDINGS.values():
-        assert len(wordings) >= 5 + text.UNSEEN
-        assert len(set(wordings)) == len(wordings)
+        trained, unseen = set(wordings[: -text.UNSEEN]), set(wordings[-text.UNSEEN :])
+        assert len(trained) >= 5 and len(unseen) == text.UNSEEN and not trained & unseen
 
 
 def test_wrong_names_are_refused():

@@ -70,7 +70,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
     ),
     "count": (
         "how many {x} are there?",
-        "how many {x} are there?",
+        "how many {x} are there?",  # twice: what people ask, and the one that does not end in the noun
         "how many {x}?",
         "count the {x}?",
         "what is the number of {x}?",
