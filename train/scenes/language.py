@@ -277,7 +277,7 @@ def train_opt(
 
 def train_t5(
     out: str | Path,
-    steps: int = 4500,
+    steps: int = 4000,
     seed: int = 0,
     size: int = 64,
     every: int = 100,
