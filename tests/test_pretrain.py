@@ -54,7 +54,7 @@ def test_decoder_tokens():
     newline = words.convert_tokens_to_ids("\n")
     assert (ids[:, 0] == words.bos_token_id).all() and (labels[:, 0] == words.bos_token_id).all()
     assert ids[0, :5].tolist() == [words.bos_token_id, *words("a red ring").input_ids[1:], newline]
-    assert torch.equal(mask.bool(), ids != words.pad_token_id) and mask[0].tolist() == [1] * 5 + [0] * 6
+    assert torch.equal(mask.bool(), ids != words.pad_token_id) and mask[0].tolist() == [1] * 5 + [0] * 5
     assert torch.equal(labels, torch.where(mask.bool(), ids, -100))
     cut = captions.decoder_tokens(words, CAPTIONS[1:2], max_length=4)["input_ids"]
     assert cut.shape == (1, 4) and newline not in cut
@@ -64,7 +64,7 @@ def test_prefix_tokens():
     """Prefix and suffix make the caption; splits reach from position 1 to the middle, and no further."""
     words = build_tokenizer("t5")
     whole = words(CAPTIONS[1], add_special_tokens=False)["input_ids"]
-    assert len(whole) == 9
+    assert len(whole) == 8
     seen = set()
     for seed in range(60):
         tokens = captions.prefix_tokens(words, CAPTIONS, np.random.default_rng(seed))
