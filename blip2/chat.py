@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .generation import Generation, TextCache, decode, describe, generate
+from .generation import Generation, TextCache, decode, describe, describes_first, generate
 from .images import ImageSource
 from .model import Blip2
 from .processing import Processor, PromptError, Style
@@ -89,7 +89,7 @@ class Chat:
         pool: where key-value caches live between turns; by default one pool serves the whole process.
         style: frame of the questions; by default the paper's for this language model.
         describe: let the model caption the picture first, and put the caption between picture and questions;
-            by default as the model's configuration says (`describe_first`), or else not.
+            by default as the checkpoint says, see `describes_first`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Chat:
         describe: bool | None = None,
     ):
         self.model, self.processor = model, processor
-        self.describe = getattr(model.config, "describe_first", False) if describe is None else describe
+        self.describe = describes_first(model, describe)
         self.description = ""
         self.style: Style = style or processor.question_style
         self.turns: list[Turn] = []
@@ -158,7 +158,12 @@ class Chat:
         if generation.num_captions != 1:
             raise ValueError(f"a chat turn has one answer; num_captions is {generation.num_captions}")
         if self.describe and not self.description and self.style != "raw":
-            self.description = describe(self.model, self.processor, self.image)[0]
+            self._stop.clear()
+            [description] = describe(self.model, self.processor, self.image, self._stop)
+            if self._stop.is_set():
+                self.turns.append(Turn(question))
+                return iter("")
+            self.description = description
         turn, tokens = self._prompt(question, generation)
         return self._answer(turn, tokens, self.image, generation)
 
@@ -168,8 +173,9 @@ class Chat:
         room = (
             (self.processor.context or 1 << 30) - self.processor.num_query_tokens - generation.max_new_tokens
         )
+        description = self.description if self.describe else ""
         for dropped in range(len(history) + 1):
-            prompt = self.processor.prompt(question, self.style, history[dropped:], self.description)
+            prompt = self.processor.prompt(question, self.style, history[dropped:], description)
             last = dropped == len(history)
             if not last and len(self.processor.tokenizer(prompt)["input_ids"]) > room:
                 continue

@@ -29,10 +29,13 @@ from blip2.layout import (
     read_layout,
 )
 from blip2.model import Blip2
+from blip2.novelty import Novelty, UnknownPictureError
+from blip2.novelty import read as read_novelty
 from blip2.presets import DEFAULT, PRECISIONS, Preset, resolve, suggestions
 from blip2.processing import Processor
 from blip2.representation import Blip2Representation
 from blip2.saving import save
+from blip2.vision import ImageFeatures
 
 __all__ = ["CheckpointError", "Loaded", "half_precision", "is_available", "load", "locate", "save"]
 
@@ -50,6 +53,7 @@ class Loaded:
     Attributes:
         precision: "float32", "bfloat16", "float16", "int8" or "nf4", as computed with, never "auto".
         notes: sentences worth showing, such as what an older file lacks.
+        novelty: tells pictures of a kind that the model does not know; None if it takes any.
     """
 
     model: Blip2 | Blip2Representation
@@ -59,6 +63,18 @@ class Loaded:
     device: torch.device
     folder: Path
     notes: list[str]
+    novelty: Novelty | None = None
+
+    def check_known(self, image: ImageFeatures) -> None:
+        """Refuse pictures, encoded by this model, of a kind that it does not know.
+
+        Raises:
+            UnknownPictureError: one of them is; the message says what the model knows.
+        """
+        if self.novelty is not None and self.novelty.is_unknown(image).any():
+            raise UnknownPictureError(
+                f"{self.name} knows {self.novelty.knows} only, and this picture does not look like one"
+            )
 
 
 def load(
@@ -105,7 +121,8 @@ def load(
                 f"{adapter} holds no adapter_config.json: an adapter is a folder that peft saved"
             )
         model.load_adapter(str(adapter))
-    return Loaded(model.eval(), processor, name, precision, where, folder, _notes(layout, precision))
+    novelty = read_novelty(folder, layout.config.qformer_config.encoder_hidden_size)
+    return Loaded(model.eval(), processor, name, precision, where, folder, _notes(layout, precision), novelty)
 
 
 def locate(

@@ -281,7 +281,15 @@ def generate(
     ]
 
 
-def describe(model: Blip2, processor: Processor, image: ImageFeatures) -> list[str]:
-    """The model's own caption of each image, greedy, for "describe, then answer"."""
+def describes_first(model: Blip2, wanted: bool | None = None) -> bool:
+    """Whether to describe the picture before answering: as wanted, or else as the checkpoint says."""
+    return bool(getattr(model.config, "describe_first", False)) if wanted is None else wanted
+
+
+def describe(
+    model: Blip2, processor: Processor, image: ImageFeatures, stop: threading.Event | None = None
+) -> list[str]:
+    """The model's own caption of each image, greedy, for "describe, then answer"; `stop` cuts it short."""
     prompt = processor.prompt(DESCRIPTION, "caption")
-    return [text for [text] in generate(model, processor, image, prompt, Generation(max_new_tokens=30))]
+    settings = Generation(max_new_tokens=30)
+    return [text for [text] in generate(model, processor, image, prompt, settings, stop)]

@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 from blip2.config import Blip2AnyConfig
 from blip2.presets import PRESETS
 
+NOVELTY = "novelty.safetensors"  # see `blip2.novelty`
 VARIANT = (
     "any"  # weights of `blip2-any` are named apart, so that transformers finds none and refuses the folder
 )

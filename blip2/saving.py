@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blip2.base import Blip2Base
-from blip2.layout import VARIANT, CheckpointError, stored_name, write_config
+from blip2.layout import NOVELTY, VARIANT, CheckpointError, stored_name, write_config
 from blip2.processing import Processor
 from blip2.representation import Blip2Representation
 
-WEIGHTS = re.compile(r"(model|pytorch_model)[.-].*(safetensors|bin|json)")  # what a new checkpoint replaces
+# what a new checkpoint replaces; a novelty score is of the old one's weights
+WEIGHTS = re.compile(rf"(model|pytorch_model)[.-].*(safetensors|bin|json)|{re.escape(NOVELTY)}")
 
 
 def save(

@@ -1,13 +1,18 @@
-"""Take the README's picture of the app: `python tests/screenshot.py docs/app.png [dark|light] [phone]`."""
+"""Take the README's picture of the app: `python tests/screenshot.py docs/app.png [dark] [phone] [draw]`."""
 
 import shutil
 import sys
 from pathlib import Path
 
+from hand import Attempt, draw_attempt
 from playwright.sync_api import sync_playwright
 from serving import embedded, serving
 
 QUESTIONS = ("how many things are there?", "what color is the circle?")
+DRAWN = (
+    Attempt("circle", "orange", 0.3, 0.36, 0.2, full=False, seed=1),
+    Attempt("heart", "purple", 0.7, 0.62, 0.22, full=True, seed=2),
+)
 
 
 def main() -> None:
@@ -25,6 +30,11 @@ def main() -> None:
         )
         page.goto(app.url)
         page.get_by_placeholder("Ask about the picture; Enter sends").wait_for()
+        if "draw" in words:
+            page.get_by_role("tab", name="Draw").click()
+            for number, thing in enumerate(DRAWN):
+                draw_attempt(page, thing, clear=number == 0)
+            page.wait_for_timeout(1000)  # until the picture's chat has begun
         for number, question in enumerate(QUESTIONS, start=1):
             page.get_by_placeholder("Ask about the picture; Enter sends").fill(question)
             page.keyboard.press("Enter")

@@ -3,14 +3,16 @@
 Every test also holds that the page logged no error and asked no other host for anything.
 """
 
+import re
 import shutil
 import time
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from hand import ATTEMPTS, Attempt, draw_attempt
 from PIL import Image
-from serving import serving
+from serving import embedded, serving
 from test_ui import bad_files
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -46,7 +48,7 @@ def visit(app, browser):
     """Open the page in a context of its own; checks what every page must keep."""
     contexts, complaints, hosts = [], [], set()
 
-    def open_page(**options):
+    def open_page(url=app.url, **options):
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | options))
         contexts.append(context)
         page = context.new_page()
@@ -54,7 +56,7 @@ def visit(app, browser):
         page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
-        page.goto(app.url)
+        page.goto(url)
         box(page).wait_for()
         return page
 
@@ -324,6 +326,88 @@ def test_webcam_picture(visit):
     page.get_by_title("capture photo").or_(page.get_by_label("capture photo")).first.click()
     expect(page.locator("#picture img")).to_be_visible()
     ask(page, "what is it?")
+
+
+def sheet(page, state):
+    """The sketch pad, once what is on it is the page's picture ("ready"), or it is "empty"."""
+    pad = page.locator("#pad .pad")
+    expect(pad).to_have_attribute("data-state", state)
+    return pad
+
+
+def test_drawing_is_the_picture(visit):
+    page = visit()
+    ask(page, "what color is the circle?")
+    page.get_by_role("tab", name="Draw").click()
+    expect(sheet(page, "empty").get_by_role("status")).to_contain_text("The sheet is empty")
+    ask(page, "is there a star?", wait=False)
+    expect(page.locator("#chat-note")).to_contain_text("There is no picture")
+    draw_attempt(page, Attempt("square", "blue", 0.4, 0.4, 0.2, full=False, seed=1))
+    expect(sheet(page, "ready").get_by_role("status")).to_contain_text("the picture now")
+    expect(page.locator("#chat-note")).to_have_text("New picture: a new chat begins.")
+    ask(page, "is there a star?")
+    draw_attempt(page, Attempt("star", "red", 0.7, 0.7, 0.15, full=False, seed=2), clear=False)
+    expect(page.locator("#chat-note")).to_have_text("New picture: a new chat begins.")
+    expect(replies(page)).to_have_count(0)
+    button(page, "Clear sheet").click()
+    sheet(page, "empty")
+    page.get_by_role("tab", name="Caption").click()
+    button(page, "Caption the picture").click()
+    expect(page.locator("#caption-note")).to_contain_text("There is no picture")
+    button(page, "Undo stroke").click()
+    sheet(page, "ready")
+    page.get_by_role("tab", name="Picture").click()  # the picture it had, not the drawing
+    expect(page.locator("#picture img")).to_have_attribute("src", re.compile("scene-1"))
+
+
+def test_erased_drawing_is_no_picture(visit):
+    page = visit()
+    page.get_by_role("tab", name="Draw").click()
+    dot = Attempt("circle", "green", 0.5, 0.5, 0.01, full=False, seed=1)
+    draw_attempt(page, dot)
+    page.locator("#pad").get_by_role("radio", name="eraser").check(force=True)
+    page.locator("#pad").get_by_role("slider", name="Thickness").fill("44")
+    page.locator("#pad canvas").click()
+    sheet(page, "empty")
+
+
+def test_drawing_by_finger(visit):
+    page = visit(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
+    page.get_by_role("tab", name="Draw").click()
+    canvas = page.locator("#pad canvas")
+    canvas.scroll_into_view_if_needed()
+    area, before = canvas.bounding_box(), page.evaluate("scrollY")
+    finger = page.context.new_cdp_session(page)
+    for kind, share in (("touchStart", 0.8), ("touchMove", 0.5), ("touchMove", 0.2), ("touchEnd", None)):
+        points = [{"x": area["x"] + 60, "y": area["y"] + share * area["height"]}] if share else []
+        finger.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    sheet(page, "ready")
+    assert page.evaluate("scrollY") == before  # it drew, and did not scroll
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    ask(page, "what is it?")
+
+
+@pytest.mark.skipif(not embedded(), reason="needs the embedded checkpoints")
+def test_embedded_model_knows_drawings(visit, capsys):
+    with serving(tiny=False) as real:
+        page = visit(real.url)
+        page.get_by_role("tab", name="Draw").click()
+        said = []
+        for attempt in ATTEMPTS:
+            draw_attempt(page, attempt)
+            shape, color = f"what shape is the {attempt.color} thing?", f"what color is the {attempt.shape}?"
+            for question in (shape, color):
+                ask(page, question)
+                expect(page.locator("#chat-receipt p")).to_be_visible()
+                said.append(replies(page).last.inner_text().strip())
+    shapes = sum(answer == attempt.shape for answer, attempt in zip(said[::2], ATTEMPTS, strict=True))
+    colors = sum(answer == attempt.color for answer, attempt in zip(said[1::2], ATTEMPTS, strict=True))
+    with capsys.disabled():
+        print(f"\nof {len(ATTEMPTS)} drawings: {shapes} shapes, {colors} colors right")
+        for attempt, shape, color in zip(ATTEMPTS, said[::2], said[1::2], strict=True):
+            full = " (full)" if attempt.full else ""
+            print(f"  {attempt.color} {attempt.shape}{full}, radius {attempt.radius:.2f}: {color} {shape}")
+    assert shapes >= 8, said
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -187,3 +187,22 @@ def test_describe_first_puts_the_own_caption_between_picture_and_questions(chat)
         Chat(chat.model, chat.processor).describe
         and not Chat(chat.model, chat.processor, describe=False).describe
     )
+
+
+def test_stop_while_describing(chat):
+    chat.describe = True
+    hook = chat.model.language_model.register_forward_hook(lambda *_: chat.stop())
+    assert list(chat.stream("how many ?", LONG)) == []
+    hook.remove()
+    assert not chat.description and [turn.answer for turn in chat.turns] == [""]
+    assert chat.undo() and chat.ask("how many ?", LONG) and chat.description
+
+
+def test_the_way_of_answering_may_change_between_turns(chat):
+    chat.ask("how many ?")
+    chat.describe = True
+    chat.ask("how many ?")
+    chat.describe = False
+    chat.ask("how many ?")
+    described = [turn.prompt.startswith(chat.description) for turn in chat.turns]
+    assert chat.description and described == [False, True, False]

@@ -1,5 +1,6 @@
 """The command line: what goes to stdout, what to stderr, and exit codes; every bad input is one sentence."""
 
+import io
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from blip2.checkpoint import load, save
 from blip2.cli import main
 from blip2.cli.arguments import PRECISIONS
 from blip2.generation import Generation
+from blip2.novelty import Novelty
 from blip2.presets import PRESETS
 from blip2.processing import Processor
 
@@ -100,8 +102,6 @@ def chat(blip2_, monkeypatch):
     """Run `chat` with lines in a pipe."""
 
     def run(*lines: str, options: tuple[str, ...] = ()) -> tuple[int, str, str]:
-        import io
-
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         return blip2_("chat", "a.png", "--model", "opt", *options)
 
@@ -165,6 +165,22 @@ def test_question_gets_the_models_frame(blip2_, options, prompt):
     assert code == 0 and json.loads(out)["prompt"] == prompt
 
 
+def test_description_goes_before_the_question(blip2_):
+    for model in ("opt", "t5"):
+        words = ("a.png", "what color?", "--model", model, "--json")
+        caption = ("--prompt", "a photo of", "--method", "greedy", "--max-new-tokens", 30)
+        [described] = json.loads(blip2_("caption", "a.png", "--model", model, "--json", *caption)[1])[
+            "results"
+        ]
+        [text] = described["captions"]
+        prompt = json.loads(blip2_("ask", *words, "--describe")[1])["prompt"]
+        assert text and prompt.startswith(f"{text.rstrip('.')}. Question: what color?")
+        assert json.loads(blip2_("ask", *words)[1])["prompt"].startswith("Question:")
+        assert json.loads(blip2_("ask", *words, "--describe", "--style", "raw")[1])["prompt"] == "what color?"
+        compared = blip2_("compare", *words[:2], "--models", model, model, "--describe", "--json")[1]
+        assert [result["prompt"] for result in json.loads(compared)["results"]] == [prompt] * 2
+
+
 def test_sampling_repeats_with_the_seed_it_names(blip2_):
     words = ("ask", "a.png", "what color?", "--model", "opt", *LONG[:2], *LONG[4:], "--json")
     first = json.loads(blip2_(*words)[1])
@@ -221,6 +237,82 @@ def test_compare_goes_on_after_a_broken_model(blip2_):
     results = json.loads(out)["results"]
     assert code == 1 and "error" in results[0] and "answer" in results[1]
     assert err.startswith("blip2: broken: ") and err.count("\n") == 1
+
+
+# --- pictures that a model does not know ---
+
+
+@pytest.fixture
+def narrow(folder, models):
+    """`scenes-opt` and `scenes-itm` as models that know b.png and c.png, and not a.png."""
+    for name, family in {"scenes-opt": "opt", "scenes-itm": "retrieval"}.items():
+        target = folder / "package" / "assets" / name
+        shutil.copytree(models / family, target)
+        loaded = load(target)
+        features = loaded.model.encode_image(
+            loaded.processor.images([Image.open(file) for file in ("a.png", "b.png", "c.png")])
+        )
+        weight = torch.randn(2 * features.image_embeds.shape[-1], generator=torch.Generator().manual_seed(0))
+        score = Novelty(weight, 0.0, "drawn scenes").score(features)
+        if score[0] < score[1:].mean():
+            weight, score = -weight, -score
+        assert score[0] > score[1:].max()
+        Novelty(weight, (score[0] + score[1:].max()).item() / 2, "drawn scenes").save(target)
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "instead"),
+    [
+        (["caption"], [], "--model blip2-opt-2.7b (15.0 GB to download)"),
+        (["ask"], ["what color?"], "--model blip2-opt-2.7b (15.0 GB to download)"),
+        (["chat"], [], "--model blip2-opt-2.7b (15.0 GB to download)"),
+        (["match"], ["a red circle"], "--model blip2-itm-vit-g (4."),
+    ],
+)
+def test_unknown_picture_gets_no_answer(blip2_, narrow, monkeypatch, words, options, instead):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what color?\n"))
+    code, out, err = blip2_(*words, "a.png", *options, "--quiet")
+    name = "scenes-itm" if words == ["match"] else "scenes-opt"
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    assert err.startswith(
+        f"blip2: a.png: {name} knows drawn scenes only, and this picture does not look like"
+    )
+    assert f"Run the same with {instead}" in err and "with --force" in err
+    code, out, err = blip2_(*words, "a.png", *options, "--json", "--quiet")
+    document = json.loads(out)
+    document = document["results"][0] if words == ["caption"] else document
+    assert code == 1 and document["unknown_picture"] is True and f"blip2: {document['error']}\n" == err
+    for known, flags in (("a.png", ["--force"]), ("b.png", [])):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("what color?\n"))
+        code, out, err = blip2_(*words, known, *options, *flags, "--quiet")
+        assert (code, err.replace("blip2: the model answered with nothing\n", "")) == (0, "") and out
+
+
+def test_unknown_picture_among_several(blip2_, narrow):
+    words = ("caption", "b.png", "a.png", "c.png", "--model", "scenes-opt")
+    code, out, err = blip2_(*words)
+    assert code == 1 and [line.split(": ")[0] for line in out.splitlines()] == ["b.png", "c.png"]
+    assert err.startswith("blip2: a.png: scenes-opt knows") and err.count("\n") == 1
+    code, out, err = blip2_(*words, "--force")
+    assert (code, err, len(out.splitlines())) == (0, "", 3)
+
+
+def test_unknown_picture_is_answered_by_others(blip2_, narrow):
+    words = ("compare", "a.png", "what color?", "--models", "scenes-opt", "t5")
+    code, out, err = blip2_(*words, "--json")
+    refused, answered = json.loads(out)["results"]
+    assert code == 1 and refused["unknown_picture"] and "answer" not in refused and "answer" in answered
+    assert err == f"blip2: {refused['error']}\n" and "--models ... blip2-opt-2.7b" in err
+    assert blip2_(*words)[1].startswith("t5 (")
+    assert blip2_(*words, "--force")[0] == 0
+
+
+def test_chat_keeps_its_picture_where_the_new_one_is_unknown(blip2_, narrow, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what color?\n/new a.png\nhow many?\n"))
+    code, out, err = blip2_("chat", "b.png", "--model", "scenes-opt", "--json", *LONG)
+    document = json.loads(out)
+    assert code == 1 and err.startswith("blip2: a.png: scenes-opt knows drawn scenes only")
+    assert document["image"] == "b.png" and len(document["turns"]) == 2
 
 
 # --- which model ---

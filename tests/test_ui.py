@@ -19,6 +19,7 @@ from blip2 import checkpoint
 from blip2.checkpoint import CheckpointError
 from blip2.generation import Generation
 from blip2.images import ImageError
+from blip2.novelty import Novelty
 from blip2.presets import PRESETS, Preset
 from blip2.processing import PromptError
 from blip2.ui import build, launch, main, session
@@ -27,7 +28,7 @@ from blip2.ui.caption import CaptionTab
 from blip2.ui.instruct import InstructTab
 from blip2.ui.models import Models
 from blip2.ui.page import DELETE_CACHE
-from blip2.ui.parameters import Parameters
+from blip2.ui.parameters import DESCRIBE, Parameters
 from blip2.ui.picture import Picture
 from blip2.ui.serve import UsageError, is_loopback, may_be_local
 from blip2.ui.session import Session, friendly, question
@@ -382,6 +383,55 @@ def test_captions_and_instruction(tabs, tmp_path):
     ):
         shown = list(instruct.run(visitor, (path, ""), "what?", frame, *settings(instruct)))
         assert prompt in last(shown, instruct.receipt)
+
+
+def test_ways_of_answering(tabs, tmp_path):
+    path = picture(tmp_path, 1)
+    for way, expected in zip(DESCRIBE, (False, True, False), strict=True):
+        chat, instruct = tabs[ChatTab], tabs[InstructTab]
+        for tab, run, words in ((chat, chat.ask, ["what?"]), (instruct, instruct.run, ["what?", "auto"])):
+            shown = list(run(Session(), (path, ""), *words, *settings(tab, describe=way)))
+            assert (">Question: what?" in last(shown, tab.receipt)) != expected
+            assert "Question: what?" in last(shown, tab.receipt)
+
+
+def test_unknown_pictures_are_not_answered_unless_the_visitor_insists(tabs, tmp_path, monkeypatch):
+    loaded = tabs[ChatTab].models.get("scenes-opt")
+    width = loaded.model.config.vision_config.hidden_size
+    monkeypatch.setattr(loaded, "novelty", Novelty(torch.zeros(2 * width), -1.0, "drawn scenes"))
+    shown, hidden = gr.update(visible=True), gr.update(visible=False)
+    answers = {ChatTab: "chatbot", CaptionTab: "captions", InstructTab: "answer"}
+    runs = {ChatTab: "ask", CaptionTab: "run", InstructTab: "run"}
+    words = {ChatTab: ["is it red?"], CaptionTab: [], InstructTab: ["is it red?", "auto"]}
+    for kind, tab in tabs.items():
+        visitor, run = Session(), getattr(tab, runs[kind])
+        place = getattr(tab, answers[kind])
+
+        def answer(attempt, path, visitor=visitor, tab=tab, kind=kind):
+            return list(attempt(visitor, (path, ""), *words[kind], *settings(tab)))
+
+        first, second = picture(tmp_path, 1), picture(tmp_path, 2)
+        refused = answer(tab.guarded(run), first)
+        assert "scenes-opt knows drawn scenes only, and this picture does not" in last(refused, tab.note)
+        assert "--model blip2-opt-2.7b" in last(refused, tab.note)  # this app serves no released model
+        assert last(refused, tab.anyway) == shown and last(refused, tab.go)["interactive"]
+        if kind is ChatTab:
+            assert last(refused, place) == [] and last(refused, tab.box) == "is it red?"
+        else:
+            assert not any(update.get(place) for update in refused)
+        given = answer(tab.guarded(tab.insisting(run)), first)
+        assert last(given, place) and last(given, tab.anyway) == hidden
+        assert "knows" not in last(given, tab.note)
+        assert last(answer(tab.guarded(run), first), place)  # remembered
+        assert "knows drawn scenes only" in last(answer(tab.guarded(run), second), tab.note)  # for it alone
+        assert tab.cleared()[tab.anyway] == hidden
+
+
+def test_unknown_pictures_lead_to_the_picker_where_it_helps():
+    here = Models("scenes-opt", local=True).instead()
+    assert here.startswith("Choose a released model above, such as blip2-opt-2.7b (15.0 GB download)")
+    assert "--model blip2-opt-2.7b" in Models("scenes-opt").instead()
+    assert "such as blip2-flan-t5-xl" in Models("blip2-flan-t5-xl").instead()
 
 
 def test_long_prompts_are_refused(tabs, tmp_path):

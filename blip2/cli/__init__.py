@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UsageError, ValueError, OSError, MemoryError, RuntimeError) as error:
         if args.debug or not _is_expected(error):
             raise
-        console.fail(_explain(error))
+        console.fail(_explain(error), **getattr(error, "facts", {}))
         return 2 if isinstance(error, UsageError) else 1
 
 

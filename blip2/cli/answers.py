@@ -9,10 +9,18 @@ from PIL import Image
 from blip2.chat import Chat
 from blip2.checkpoint import Loaded
 from blip2.cli.console import Console, UsageError, table
-from blip2.cli.models import check_model, default_model, generation, load_model, note_unknown_words
-from blip2.generation import Generation, generate
+from blip2.cli.models import (
+    check_model,
+    default_model,
+    encode,
+    generation,
+    load_model,
+    note_unknown_words,
+)
+from blip2.generation import Generation, describe, describes_first, generate
 from blip2.images import ImageError, open_image
 from blip2.model import Blip2
+from blip2.novelty import UnknownPictureError
 from blip2.presets import PRESETS
 from blip2.processing import PromptError
 from blip2.representation import Blip2Representation
@@ -42,11 +50,12 @@ def caption(args: argparse.Namespace, console: Console) -> int:
     for source in console.progress(args.images, "image"):
         try:
             image = open_image(source, allow_url=True) if only is None else only
-        except ImageError as error:
+            features = encode(loaded, image, source, args)
+        except (ImageError, UnknownPictureError) as error:
             console.error(str(error))
-            results.append({"image": source, "error": str(error)})
+            results.append({"image": source, "error": str(error), **getattr(error, "facts", {})})
             continue
-        captions = _generate(loaded, image, prompt, settings)
+        captions = _generate(loaded, features, prompt, settings)
         results.append({"image": source, "captions": captions})
         if not console.json:
             console.show({}, [f"{source}: {text}" if several else text for text in captions])
@@ -62,9 +71,14 @@ def ask(args: argparse.Namespace, console: Console) -> int:
     name = args.model or default_model("generate", console)
     image = open_image(args.image, allow_url=True)
     loaded = load_model(name, "generate", args, console)
-    prompt = loaded.processor.prompt(args.question, args.style or loaded.processor.question_style)
+    assert isinstance(loaded.model, Blip2)
+    features = encode(loaded, image, args.image, args)
     note_unknown_words(loaded.processor, args.question, loaded.name, console)
-    answers = _generate(loaded, image, prompt, settings)
+    style = args.style or loaded.processor.question_style
+    first = style != "raw" and describes_first(loaded.model, args.describe)
+    description = describe(loaded.model, loaded.processor, features)[0] if first else ""
+    prompt = loaded.processor.prompt(args.question, style, description=description)
+    answers = _generate(loaded, features, prompt, settings)
     if not any(answers):
         console.note("the model answered with nothing")
     document = {"image": args.image, "question": args.question, "prompt": prompt, "answers": answers}
@@ -80,8 +94,8 @@ def match(args: argparse.Namespace, console: Console) -> int:
     image = open_image(args.image, allow_url=True)
     loaded = load_model(name, "match", args, console)
     assert isinstance(loaded.model, Blip2Representation)
+    features = encode(loaded, image, args.image, args)
     note_unknown_words(loaded.processor, " ".join(args.texts), loaded.name, console)
-    features = _encode(loaded, image)
     tokens = {part: ids.to(loaded.device) for part, ids in loaded.processor.text(args.texts).items()}
     scores = {head: loaded.model.score(features, **tokens, head=head)[0].tolist() for head in ("itm", "itc")}
     rows = [
@@ -108,6 +122,9 @@ def compare(args: argparse.Namespace, console: Console) -> int:
     for name in console.progress(args.models, "model"):
         try:
             result = _compare_one(name, image, settings, args, console)
+        except UnknownPictureError as error:
+            console.error(str(error))
+            result = {"model": name, "error": str(error), **error.facts}
         except ValueError as error:  # one that is missing or broken does not keep the others from answering
             console.error(f"{name}: {error}")
             result = {"model": name, "error": str(error)}
@@ -125,10 +142,11 @@ def _compare_one(
     """Load one model and ask it; what is returned holds no reference to it."""
     loaded = load_model(name, "generate", args, console)
     assert isinstance(loaded.model, Blip2)
-    note_unknown_words(loaded.processor, args.question, loaded.name, console)
     start = time.perf_counter()
-    chat = Chat(loaded.model, loaded.processor, style=args.style)
-    chat.set_image(image)
+    features = encode(loaded, image, args.image, args)
+    note_unknown_words(loaded.processor, args.question, loaded.name, console)
+    chat = Chat(loaded.model, loaded.processor, style=args.style, describe=args.describe)
+    chat.set_image(features)
     answer = chat.ask(args.question, settings)
     seconds = time.perf_counter() - start
     turn = chat.turns[-1]
@@ -156,13 +174,9 @@ def _check_question(args: argparse.Namespace) -> None:
         raise PromptError("the question is empty: ask something about the picture")
 
 
-def _encode(loaded: Loaded, image: Image.Image) -> ImageFeatures:
-    return loaded.model.encode_image(loaded.processor.images(image).to(loaded.device))
-
-
-def _generate(loaded: Loaded, image: Image.Image, prompt: str, settings: Generation) -> list[str]:
+def _generate(loaded: Loaded, image: ImageFeatures, prompt: str, settings: Generation) -> list[str]:
     assert isinstance(loaded.model, Blip2)
-    [texts] = generate(loaded.model, loaded.processor, _encode(loaded, image), prompt, settings)
+    [texts] = generate(loaded.model, loaded.processor, image, prompt, settings)
     return texts
 
 

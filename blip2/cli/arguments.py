@@ -10,6 +10,7 @@ METHODS = ("greedy", "beam", "nucleus")
 
 EPILOG = """The default model is embedded and knows drawn scenes only: circles, stars, colors. For photographs
 choose a released one, such as --model blip2-opt-2.7b; `blip2 info` lists them with their sizes.
+About other pictures the embedded models decline to answer; --force makes them.
 Exit codes: 0 done, 1 failed, 2 used wrongly."""
 
 
@@ -94,6 +95,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_machine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 or mps")
+    parser.add_argument(
+        "--force", action="store_true", help="answer about pictures the model does not know too"
+    )
 
 
 def _add_style(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +105,11 @@ def _add_style(parser: argparse.ArgumentParser) -> None:
         "--style",
         choices=STYLES,
         help="'Question: ... Answer:', '... Short answer:', or the text as it is; default: the model's own",
+    )
+    parser.add_argument(
+        "--describe",
+        action=argparse.BooleanOptionalAction,
+        help="have the model caption the picture first and read that too; default: as it does best",
     )
 
 

@@ -39,11 +39,11 @@ class Console:
         """Say one sentence on stderr, whatever line breaks it came with."""
         print(f"blip2: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
-    def fail(self, text: str) -> None:
-        """Say why the command ends; a JSON reader gets it as its document."""
+    def fail(self, text: str, **facts: Any) -> None:
+        """Say why the command ends; a JSON reader gets it, and the facts, as its document."""
         self.error(text)
         if self.json:
-            self.show({"error": text}, ())
+            self.show({"error": text} | facts, ())
 
     def show(self, document: dict[str, Any], lines: Iterable[str]) -> None:
         """Print a result: the document for machines, the lines for people."""

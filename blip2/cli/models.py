@@ -6,17 +6,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import constants
+from PIL import Image
 
 from blip2.checkpoint import CheckpointError, Loaded, is_available, load, locate
 from blip2.cli.console import Console, UsageError
 from blip2.devices import choose_device, device_advice
 from blip2.generation import Generation
 from blip2.model import Blip2
+from blip2.novelty import UnknownPictureError
 from blip2.presets import DEFAULT, PRESETS, Preset, resolve
 from blip2.processing import Processor
+from blip2.vision import ImageFeatures
 
 Kind = Literal["generate", "match"]
 DEFAULTS: dict[str, str] = {"generate": DEFAULT, "match": "scenes-itm"}
+RELEASED: dict[str, str] = {"generate": "blip2-opt-2.7b", "match": "blip2-itm-vit-g"}  # the smallest
 DOES = {"generate": "makes captions and answers", "match": "scores texts"}
 FIELDS = (
     "method",
@@ -107,6 +111,29 @@ def load_model(name: str, kind: Kind, args: argparse.Namespace, console: Console
     for note in loaded.notes:
         console.note(note)
     return loaded
+
+
+def encode(loaded: Loaded, image: Image.Image, source: str, args: argparse.Namespace) -> ImageFeatures:
+    """What the model sees of a picture, `source`.
+
+    Raises:
+        UnknownPictureError: it is of a kind that the model does not know, and --force was not given.
+    """
+    features = loaded.model.encode_image(loaded.processor.images(image).to(loaded.device))
+    if args.force:
+        return features
+    try:
+        loaded.check_known(features)
+    except UnknownPictureError as error:
+        preset = PRESETS[RELEASED["match" if args.command == "match" else "generate"]]
+        here = is_available(preset.name)
+        size = "in the cache" if here else f"{preset.download_bytes / 1e9:.1f} GB to download"
+        option = "--models ..." if args.command == "compare" else "--model"
+        raise UnknownPictureError(
+            f"{source}: {error}. Run the same with {option} {preset.name} ({size}), or with --force to have "
+            f"{loaded.name} answer all the same"
+        ) from None
+    return features
 
 
 def _refuse_kind(name: str, kind: Kind) -> None:

@@ -8,9 +8,12 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from PIL import Image
+
 from blip2.chat import Chat
+from blip2.checkpoint import Loaded
 from blip2.cli.console import Console
-from blip2.cli.models import default_model, generation, load_model, note_unknown_words
+from blip2.cli.models import default_model, encode, generation, load_model, note_unknown_words
 from blip2.generation import Generation
 from blip2.images import open_image
 from blip2.model import Blip2
@@ -32,9 +35,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     image = open_image(args.image, allow_url=True)
     loaded = load_model(name, "generate", args, console)
     assert isinstance(loaded.model, Blip2)
-    chat = Chat(loaded.model, loaded.processor, style=args.style)
-    chat.set_image(image)
-    conversation = Conversation(chat, settings, args.image, loaded.name, console)
+    chat = Chat(loaded.model, loaded.processor, style=args.style, describe=args.describe)
+    conversation = Conversation(chat, loaded, settings, args, console)
+    conversation.look(image, args.image)
     interactive = sys.stdin.isatty()
     if interactive:
         console.note(f"{loaded.name} sees {args.image}. /help lists commands, Ctrl-D leaves")
@@ -85,9 +88,21 @@ def _lines(interactive: bool, console: Console) -> Iterator[str]:
 class Conversation:
     """A chat and where its words go."""
 
-    def __init__(self, chat: Chat, settings: Generation, source: str, name: str, console: Console):
-        self.chat, self.settings, self.source = chat, settings, source
-        self.name, self.console = name, console
+    def __init__(
+        self, chat: Chat, loaded: Loaded, settings: Generation, args: argparse.Namespace, console: Console
+    ):
+        self.chat, self.loaded, self.settings = chat, loaded, settings
+        self.args, self.console = args, console
+        self.source = ""
+
+    def look(self, image: Image.Image, source: str) -> None:
+        """Turn to a picture; the conversation starts anew.
+
+        Raises:
+            UnknownPictureError: the model does not know such pictures; the conversation is as it was.
+        """
+        self.chat.set_image(encode(self.loaded, image, source, self.args))
+        self.source = source
 
     def take(self, line: str) -> bool:
         """Do what a line says; False to leave.
@@ -104,20 +119,19 @@ class Conversation:
         elif word == "/help":
             print(HELP, file=sys.stderr)
         elif word == "/new":
-            self._look(rest)
+            self._new(rest)
         elif word in ("/undo", "/again", "/edit"):
             self._change(word, rest)
         else:
             raise ValueError(f"unknown command {word}: /help lists the commands")
         return True
 
-    def _look(self, source: str) -> None:
+    def _new(self, source: str) -> None:
         if len(source) > 1 and source[0] == source[-1] and source[0] in "'\"":  # as terminals paste paths
             source = source[1:-1]
         if not source:
             raise ValueError("/new needs a picture: a file or an http(s) URL")
-        self.chat.set_image(open_image(source, allow_url=True))
-        self.source = source
+        self.look(open_image(source, allow_url=True), source)
         self.console.note(f"looking at {source}; the conversation starts anew")
 
     def _change(self, word: str, text: str) -> None:
@@ -132,7 +146,7 @@ class Conversation:
         elif not text:
             raise ValueError("/edit needs the new question: /edit TEXT")
         else:
-            note_unknown_words(self.chat.processor, text, self.name, self.console)
+            note_unknown_words(self.chat.processor, text, self.loaded.name, self.console)
             self._show(self.chat.edit(last, text, self.settings))
 
     def _fresh(self) -> Generation:
@@ -143,7 +157,7 @@ class Conversation:
 
     def _ask(self, question: str) -> None:
         pieces = self.chat.stream(question, self.settings)
-        note_unknown_words(self.chat.processor, question, self.name, self.console)
+        note_unknown_words(self.chat.processor, question, self.loaded.name, self.console)
         self._show(pieces)
 
     def _show(self, pieces: Iterator[str]) -> None:

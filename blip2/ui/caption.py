@@ -28,15 +28,17 @@ class CaptionTab(Tab):
         with gr.Row(elem_classes="actions"):
             self.go = gr.Button("Caption the picture", variant="primary", min_width=160)
             self.halt = gr.Button("Stop", variant="stop", visible=False, min_width=90, scale=0)
-        self.note = gr.HTML(elem_id="caption-note")
+        self.add_note("caption-note")
         self.captions = gr.HTML(EMPTY, elem_id="captions")
         self.receipt = gr.HTML(elem_id="caption-receipt")
-        self.wire([self.go.click], self.run, self.parameters.inputs, [self.captions, self.receipt])
+        outputs = [self.captions, self.receipt]
+        self.wire([self.go.click], self.run, self.parameters.inputs, outputs)
+        self.wire_anyway(self.run, self.parameters.inputs, outputs)
         self.wire_stop()
 
     def cleared(self) -> Updates:
         """The tab as for a new picture or model."""
-        return {self.note: "", self.captions: EMPTY, self.receipt: ""}
+        return super().cleared() | {self.captions: EMPTY, self.receipt: ""}
 
     def run(self, session: Session, picture: tuple[str | None, str], *values: Any) -> Iterator[Updates]:
         """Write captions; yields what to change on the page."""

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import gradio as gr
 
-from blip2.generation import Generation
+from blip2.generation import Generation, describes_first
 from blip2.processing import Style
 from blip2.ui.answers import streamed
 from blip2.ui.models import Models
@@ -41,11 +41,11 @@ class InstructTab(Tab):
             info="what is put around the instruction; the prompt as sent is shown below the answer",
             filterable=False,
         )
-        self.parameters = Parameters(Generation.answer())
+        self.parameters = Parameters(Generation.answer(), questions=True)
         with gr.Row(elem_classes="actions"):
             self.go = gr.Button("Answer", variant="primary", min_width=160)
             self.halt = gr.Button("Stop", variant="stop", visible=False, min_width=90, scale=0)
-        self.note = gr.HTML(elem_id="instruct-note")
+        self.add_note("instruct-note")
         self.answer = gr.Textbox(
             label="Answer",
             interactive=False,
@@ -57,12 +57,14 @@ class InstructTab(Tab):
         )
         self.receipt = gr.HTML(elem_id="instruct-receipt")
         inputs = [self.box, frame, *self.parameters.inputs]
-        self.wire([self.go.click, self.box.submit], self.run, inputs, [self.answer, self.receipt])
+        outputs = [self.answer, self.receipt]
+        self.wire([self.go.click, self.box.submit], self.run, inputs, outputs)
+        self.wire_anyway(self.run, inputs, outputs)
         self.wire_stop()
 
     def cleared(self) -> Updates:
         """The tab as for a new picture or model; the instruction stays."""
-        return {self.note: "", self.answer: "", self.receipt: ""}
+        return super().cleared() | {self.answer: "", self.receipt: ""}
 
     def run(
         self, session: Session, picture: tuple[str | None, str], text: str, frame: str, *values: Any
@@ -78,6 +80,7 @@ class InstructTab(Tab):
             loaded = self.models.get(name)
             style: Style | None = next((style for style in get_args(Style) if style == frame), None)
             chat = session.single(loaded, style)
+            chat.describe = describes_first(chat.model, self.parameters.describe(values))
             if stop.is_set():  # while it was loading
                 yield self.idle(session) | {self.note: note("Stopped.")}
                 return

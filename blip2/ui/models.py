@@ -100,7 +100,18 @@ class Models:
             return ""
         return (
             f'<div class="notice"><strong>{name}</strong> knows drawn scenes only: {WORLD}. '
-            "On a photograph it will answer, and be wrong: choose a released model for those.</div>"
+            "For photographs choose a released model.</div>"
+        )
+
+    def instead(self) -> str:
+        """A sentence on where to turn with a picture that an embedded model does not know."""
+        names = [preset.name for preset in PRESETS.values() if preset.kind == "generate" and preset.repo_id]
+        name = self.default if self.default in names else names[0]
+        if self.local or name == self.default:
+            return f"Choose a released model above, such as {_label(name)}, or have an answer all the same."
+        return (
+            "The released models are for photographs, but not served here: the app's operator can start it "
+            f"with --model {name}. Or have an answer all the same."
         )
 
 

@@ -19,6 +19,11 @@ USED_BY = {
     "seed": {"nucleus"},
     "num_captions": {"beam", "nucleus"},
 }
+DESCRIBE = {
+    "As the model does best": None,
+    "Describe the picture first, then answer": True,
+    "Answer at once": False,
+}
 WHOLE = {"num_beams", "num_captions", "max_new_tokens", "min_new_tokens"}
 
 
@@ -28,14 +33,22 @@ class Parameters:
     Args:
         defaults: where the controls stand at first.
         several: offer more than one answer.
+        questions: offer to describe the picture before answering.
     """
 
-    def __init__(self, defaults: Generation, *, several: bool = False):
+    def __init__(self, defaults: Generation, *, several: bool = False, questions: bool = False):
         method = defaults.method
         self.controls: dict[str, Any] = {}
         if several:
             self._slider(defaults, "num_captions", "Captions", 1, 10, 1, "each is a line of its own")
         with gr.Accordion("Parameters", open=False, elem_classes="settings"):
+            if questions:
+                self.controls["describe"] = gr.Dropdown(
+                    list(DESCRIBE),
+                    label="Way of answering",
+                    info="the description is the model's own caption, which it reads before the question",
+                    filterable=False,
+                )
             self.controls["method"] = gr.Radio(
                 METHODS, value=method, label="Method", info="greedy and nucleus stream; beams cannot"
             )
@@ -90,6 +103,10 @@ class Parameters:
     def inputs(self) -> list[Any]:
         """The controls, as inputs of an event."""
         return list(self.controls.values())
+
+    def describe(self, values: tuple[Any, ...]) -> bool | None:
+        """Whether to describe the picture before answering; None leaves it to the model."""
+        return DESCRIBE.get(str(dict(zip(self.controls, values, strict=True)).get("describe")))
 
     def generation(self, values: tuple[Any, ...]) -> Generation:
         """The settings that the controls' values mean; what the method ignores keeps its default.

@@ -11,6 +11,7 @@ from gradio.exceptions import Error
 
 from blip2.images import ImageError
 from blip2.ui.examples import examples
+from blip2.ui.pad import sketch_pad
 from blip2.ui.words import note
 
 # gradio writes a stub (.pyi) beside the source of every component class; ours wants none.
@@ -41,7 +42,7 @@ with mock.patch.object(component_meta, "create_or_modify_pyi"):
 
 
 class PictureBox:
-    """The picture, the examples below it, and a line for what is wrong with an upload.
+    """The picture above the examples, or a sheet to draw one; and a line for what is wrong with an upload.
 
     Attributes:
         picture: the component; its value as a handler's input is (path, name).
@@ -50,39 +51,46 @@ class PictureBox:
 
     def __init__(self) -> None:
         files = examples()
-        self.picture = Picture(
-            str(files[0]) if files else None,
-            label="Picture",
-            show_label=False,
-            sources=["upload", "clipboard", "webcam"],
-            webcam_options=gr.WebcamOptions(mirror=False),
-            buttons=["fullscreen"],
-            height=340,
-            placeholder="Drop a picture here, paste one, or click to upload",
-            alt_text="The picture that captions and answers are about",
-            elem_id="picture",
-        )
+        with gr.Tabs(elem_id="ways"):
+            with gr.Tab("Picture") as ready:
+                self.picture = Picture(
+                    str(files[0]) if files else None,
+                    label="Picture",
+                    show_label=False,
+                    sources=["upload", "clipboard", "webcam"],
+                    webcam_options=gr.WebcamOptions(mirror=False),
+                    buttons=["fullscreen"],
+                    height=340,
+                    placeholder="Drop a picture here, paste one, or click to upload",
+                    alt_text="The picture that captions and answers are about",
+                    elem_id="picture",
+                )
+                if files:
+                    self._gallery(files)
+            with gr.Tab("Draw", render_children=True) as drawn:
+                sketch_pad(self.picture, ready, drawn)
         self.note = gr.HTML(elem_id="picture-note")
-        if files:
-            gallery = gr.Gallery(
-                [str(file) for file in files],
-                label="Examples",
-                show_label=False,
-                columns=max(5, -(-len(files) // 2)),
-                height="auto",
-                object_fit="cover",
-                allow_preview=False,
-                interactive=False,
-                buttons=[],
-                elem_id="examples",
-            )
 
-            def pick(event: gr.SelectData) -> str:
-                return str(files[event.index])
+    def _gallery(self, files: list[Path]) -> None:
+        gallery = gr.Gallery(
+            [str(file) for file in files],
+            label="Examples",
+            show_label=False,
+            columns=max(5, -(-len(files) // 2)),
+            height="auto",
+            object_fit="cover",
+            allow_preview=False,
+            interactive=False,
+            buttons=[],
+            elem_id="examples",
+        )
 
-            gallery.select(
-                pick, None, self.picture, queue=False, show_progress="hidden", api_visibility="private"
-            )
+        def pick(event: gr.SelectData) -> str:
+            return str(files[event.index])
+
+        gallery.select(
+            pick, None, self.picture, queue=False, show_progress="hidden", api_visibility="private"
+        )
 
 
 def refused(error: ImageError, path: str | None) -> tuple[Any, str]:

@@ -46,6 +46,7 @@ class Session:
         chat: the conversation, about the picture, with the model; None before the first question.
         path: the picture's file; None before the first look.
         subject: counts pictures and models; an answer that finds it changed comes too late.
+        anyway: the visitor wants answers about this picture though the model does not know its kind.
     """
 
     def __init__(self) -> None:
@@ -53,6 +54,7 @@ class Session:
         self.chat: Chat | None = None
         self.path: str | None = None
         self.subject = 0
+        self.anyway = False
         self._digest = ""
         self._name = "the picture"
         self._features: dict[str, ImageFeatures] = {}
@@ -90,12 +92,17 @@ class Session:
         self.stop()
         self.path, self._name, self._digest = path, name, digest
         self._features.clear()
-        self.chat = None
+        self.chat, self.anyway = None, False
         self.subject += 1
         return True
 
     def features(self, loaded: Loaded) -> ImageFeatures:
-        """The picture as the model sees it; encoded once for each picture and model."""
+        """The picture as the model sees it; encoded once for each picture and model.
+
+        Raises:
+            ImageError: it is no longer here.
+            UnknownPictureError: the model does not know its kind, and the visitor did not insist.
+        """
         if loaded.name not in self._features:
             if self.path is None or not Path(self.path).is_file():
                 raise ImageError(
@@ -104,6 +111,8 @@ class Session:
             image = _open(Path(self.path).read_bytes(), self._name)
             pixels = loaded.processor.images(image).to(loaded.device)
             self._features[loaded.name] = loaded.model.encode_image(pixels)
+        if not self.anyway:
+            loaded.check_known(self._features[loaded.name])
         return self._features[loaded.name]
 
     # --- the model and the conversation ---

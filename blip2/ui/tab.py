@@ -6,6 +6,7 @@ from typing import Any
 import gradio as gr
 
 from blip2.checkpoint import Loaded
+from blip2.novelty import UnknownPictureError
 from blip2.ui.models import Models
 from blip2.ui.session import EXPECTED, Session, friendly
 from blip2.ui.words import note
@@ -26,9 +27,15 @@ class Tab:
     go: gr.Button
     halt: gr.Button
     note: gr.HTML
+    anyway: gr.Button
 
     def __init__(self, models: Models, state: gr.State, picture: gr.Image):
         self.models, self.state, self.picture = models, state, picture
+
+    def add_note(self, elem_id: str) -> None:
+        """Place the line for what the app has to say, and the button for answers that it advises against."""
+        self.note = gr.HTML(elem_id=elem_id)
+        self.anyway = gr.Button("Answer anyway", size="sm", visible=False, min_width=140)
 
     def wire(
         self,
@@ -42,22 +49,11 @@ class Tab:
         The stop is an event of its own, not gradio's cancelling: the run sees it within a token, ends by
         itself, and leaves the page in order.
         """
-
-        def guarded(session: Session, *values: Any) -> Iterator[Updates]:
-            try:
-                yield from run(session, *values)
-            except EXPECTED as error:
-                yield (
-                    self.idle(session)
-                    | self.after_error(session)
-                    | {self.note: note(friendly(error), "error")}
-                )
-
         event = gr.on(
             triggers,
-            guarded,
+            self.guarded(run),
             [self.state, self.picture, *inputs],
-            [self.go, self.halt, self.note, *outputs],
+            [self.go, self.halt, self.note, self.anyway, *outputs],
             show_progress="hidden",
             concurrency_id="model",
             concurrency_limit=2,
@@ -65,6 +61,39 @@ class Tab:
         )
         # what is left are bugs: without this the page would stay locked
         event.failure(self.failed, self.state, [self.go, self.halt, self.note, *outputs], **QUIET)
+
+    def wire_anyway(
+        self, run: Callable[..., Iterator[Updates]], inputs: list[Any], outputs: list[Any]
+    ) -> None:
+        """Let the button "Answer anyway" start `run`."""
+        self.wire([self.anyway.click], self.insisting(run), inputs, outputs)
+
+    def guarded(self, run: Callable[..., Iterator[Updates]]) -> Callable[..., Iterator[Updates]]:
+        """`run`, and what the page shows when there is no answer."""
+
+        def attempt(session: Session, *values: Any) -> Iterator[Updates]:
+            try:
+                yield from run(session, *values)
+                return
+            except UnknownPictureError as error:
+                said = {
+                    self.note: note(f"{error}. {self.models.instead()}"),
+                    self.anyway: gr.update(visible=True),
+                }
+            except EXPECTED as error:
+                said = {self.note: note(friendly(error), "error")}
+            yield self.idle(session) | self.after_error(session) | said
+
+        return attempt
+
+    def insisting(self, run: Callable[..., Iterator[Updates]]) -> Callable[..., Iterator[Updates]]:
+        """`run` for a visitor who wants answers though the model does not know the picture's kind."""
+
+        def insist(session: Session, *values: Any) -> Iterator[Updates]:
+            session.anyway = True  # until there is another picture
+            yield from run(session, *values)
+
+        return insist
 
     def wire_stop(self) -> None:
         """Let the stop button end the visitor's answer, whichever tab began it."""
@@ -76,6 +105,7 @@ class Tab:
             self.go: gr.update(interactive=False),
             self.halt: gr.update(visible=True),
             self.note: note("" if self.models.is_loaded(model) else f"Loading {model} ..."),
+            self.anyway: gr.update(visible=False),
         }
 
     def idle(self, session: Session) -> Updates:
@@ -96,7 +126,7 @@ class Tab:
 
     def cleared(self) -> Updates:
         """The tab as for a new picture or model."""
-        raise NotImplementedError
+        return {self.note: "", self.anyway: gr.update(visible=False)}
 
 
 def unknown_words(loaded: Loaded, text: str) -> str:

@@ -8,7 +8,8 @@ import gradio as gr
 
 from blip2.chat import Chat, Turn
 from blip2.checkpoint import Loaded
-from blip2.generation import Generation
+from blip2.generation import Generation, describes_first
+from blip2.novelty import UnknownPictureError
 from blip2.presets import EMBEDDED
 from blip2.ui.answers import streamed
 from blip2.ui.models import Models
@@ -54,27 +55,25 @@ class ChatTab(Tab):
             )
             self.go = gr.Button("Send", variant="primary", min_width=90, scale=0)
             self.halt = gr.Button("Stop", variant="stop", visible=False, min_width=90, scale=0)
-        self.note = gr.HTML(elem_id="chat-note")
+        self.add_note("chat-note")
         with gr.Row(elem_classes="actions small"):
             self.again = gr.Button("Regenerate", size="sm", interactive=False, min_width=90)
             self.back = gr.Button("Undo", size="sm", interactive=False, min_width=90)
             self.clear = gr.Button("Clear", size="sm", interactive=False, min_width=90)
         self.receipt = gr.HTML(elem_id="chat-receipt")
-        self.parameters = Parameters(Generation())
+        self.parameters = Parameters(Generation(), questions=True)
         changes = [self.again, self.back, self.clear]
         outputs = [self.chatbot, self.receipt, *changes]
-        self.wire(
-            [self.box.submit, self.go.click],
-            self.ask,
-            [self.box, *self.parameters.inputs],
-            [self.box, *outputs],
-        )
+        asked = [self.box, *self.parameters.inputs]
+        self.wire([self.box.submit, self.go.click], self.ask, asked, [self.box, *outputs])
+        self.wire_anyway(self.ask, asked, [self.box, *outputs])
         for button in self.suggestions:
             self.wire([button.click], self.ask, [button, *self.parameters.inputs], [self.box, *outputs])
         self.wire([self.again.click], self.regenerate, self.parameters.inputs, outputs)
         self.wire_stop()
-        self.back.click(self.undo, state, [self.go, self.halt, self.note, self.box, *outputs], **QUIET)
-        gr.on([self.clear.click, self.chatbot.clear], self.forget, state, [self.note, *outputs], **QUIET)
+        said = [self.note, self.anyway]
+        self.back.click(self.undo, state, [self.go, self.halt, *said, self.box, *outputs], **QUIET)
+        gr.on([self.clear.click, self.chatbot.clear], self.forget, state, [*said, *outputs], **QUIET)
 
     # --- the page ---
 
@@ -92,7 +91,7 @@ class ChatTab(Tab):
     def cleared(self) -> Updates:
         """The tab as for a new picture or model; a question half written stays."""
         off = dict.fromkeys((self.again, self.back, self.clear), gr.update(interactive=False))
-        return {self.note: "", self.chatbot: [], self.receipt: "", **off}
+        return super().cleared() | {self.chatbot: [], self.receipt: "", **off}
 
     def after_error(self, session: Session) -> Updates:
         """Without the question that got no answer."""
@@ -113,9 +112,14 @@ class ChatTab(Tab):
         session.look(*picture)
 
         def start(chat: Chat) -> Iterator[str]:
+            chat.describe = describes_first(chat.model, self.parameters.describe(values))
             return chat.stream(text, generation)
 
-        yield from self._answer(session, text, start, generation, {self.box: ""})
+        try:
+            yield from self._answer(session, text, start, generation, {self.box: ""})
+        except UnknownPictureError:
+            yield {self.box: text}  # to be sent again, to another model or to this one all the same
+            raise
 
     def regenerate(
         self, session: Session, picture: tuple[str | None, str], *values: Any
@@ -128,6 +132,7 @@ class ChatTab(Tab):
         last = session.chat.turns[-1]
 
         def start(chat: Chat) -> Iterator[str]:
+            chat.describe = describes_first(chat.model, self.parameters.describe(values))
             return chat.regenerate(generation)
 
         yield from self._answer(session, last.question, start, generation, {}, last)

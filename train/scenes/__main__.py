@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from blip2.presets import EMBEDDED
 from train.scenes.world import SPLITS, render, sample
 
 
@@ -46,18 +47,33 @@ def build(args: argparse.Namespace) -> None:
     from train.scenes.build import PhaseError, pack, run_phases
 
     try:
-        run_phases(args.jobs)
+        run_phases(jobs=args.jobs)
     except PhaseError as error:
         raise SystemExit(f"error: {error}") from None
     pack(args.scenes)
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Print the figures of a checkpoint as JSON."""
+    """Print the figures of checkpoints as JSON."""
     from blip2 import checkpoint
     from train.scenes.evaluate import figures
 
+    found = {}
+    for name in args.models:
+        loaded = checkpoint.load(name, precision="float32", device="cpu")
+        found[name] = figures(loaded, args.scenes, args.split)
+    print(json.dumps(found, indent=2))
+
+
+def novelty(args: argparse.Namespace) -> None:
+    """Print which pictures a checkpoint says it does not know; with --fit, have it learn that first."""
+    from blip2 import checkpoint
+    from train.scenes.novelty import figures, fit
+
+    torch.set_num_threads(1)
     loaded = checkpoint.load(args.model, precision="float32", device="cpu")
+    if args.fit:
+        fit(loaded, loaded.folder)
     print(json.dumps(figures(loaded, args.scenes, args.split), indent=2))
 
 
@@ -97,11 +113,22 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--scenes", type=int, default=500, help="validation scenes of the model cards")
     command.set_defaults(run=build)
 
-    command = commands.add_parser("evaluate", help="print the figures of a checkpoint")
-    command.add_argument("--model", default="scenes-opt", help="embedded name or folder")
+    command = commands.add_parser("evaluate", help="print the figures of the embedded checkpoints")
+    command.add_argument(
+        "models", nargs="*", default=list(EMBEDDED), metavar="MODEL", help="an embedded name, or a folder"
+    )
     command.add_argument("--split", choices=SPLITS, default="validation")
     command.add_argument("--scenes", type=int, default=500)
     command.set_defaults(run=evaluate)
+
+    command = commands.add_parser("novelty", help="print which pictures a checkpoint says it does not know")
+    command.add_argument("--model", default="scenes-opt", help="embedded name or folder")
+    command.add_argument("--split", choices=SPLITS, default="validation")
+    command.add_argument("--scenes", type=int, default=1000)
+    command.add_argument(
+        "--fit", action="store_true", help="fit the score first, into the checkpoint's folder"
+    )
+    command.set_defaults(run=novelty)
     return top
 
 

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from blip2 import checkpoint
+from train.scenes import evaluate, novelty
+from train.scenes.text import KINDS
 
 RUNS = Path("runs/scenes")
 ASSETS = Path("blip2/assets")
@@ -108,31 +110,54 @@ def run_phases(phases: dict[str, Phase] | None = None, root: Path | None = None,
 
 
 def pack(scenes: int) -> None:
-    """Write the finished models into the package as float16 files, with a model card of figures each."""
-    from train.scenes.evaluate import figures
+    """Write the finished models into the package as float16 files, with a model card of figures each.
 
+    How a model answers by default, at once or after describing the picture, is chosen here: by the mean over
+    the kinds of questions, on validation scenes.
+    """
     torch.set_num_threads(1)
     for name, phase in EMBEDDED.items():
         trained = checkpoint.load(RUNS / phase / "model", precision="float32", device="cpu")
         folder = checkpoint.save(trained.model, trained.processor, ASSETS / name, weights_dtype="float16")
-        packed = checkpoint.load(
-            folder, precision="float32", device="cpu"
-        )  # what users get, rounding included
-        found: dict[str, Any] = {"validation": figures(packed, scenes, "validation")}
-        (folder / "figures.json").write_text(json.dumps(found, indent=2) + "\n", "utf-8")
-        (folder / "README.md").write_text(card(name, phase, folder, found), "utf-8")
+        packed = checkpoint.load(folder, precision="float32", device="cpu")  # as users get it, rounded
+        found = evaluate.figures(packed, scenes, "validation")
+        if "answers" in found:
+            at_once, described = (
+                statistics.mean(found[suite][kind] for kind in KINDS)
+                for suite in ("answers", "answers, described first")
+            )
+            packed.model.config.describe_first = described > at_once
+            checkpoint.save(packed.model, packed.processor, folder, weights_dtype="float16")
+        novelty.fit(packed, folder)
+        found["unknown pictures"] = novelty.figures(packed, scenes, "validation")
+        (folder / "figures.json").write_text(json.dumps({"validation": found}, indent=2) + "\n", "utf-8")
+        (folder / "README.md").write_text(card(name, phase, folder, {"validation": found}), "utf-8")
         print(f"{name}: {json.dumps(found)}", flush=True)
 
 
-def card(name: str, phase: str, folder: Path, found: dict[str, Any]) -> str:
+def minutes(phase: str) -> dict[str, float]:
+    """How long a phase and those it needs took, in minutes of one core, as each wrote down."""
+    folder = RUNS / phase
+    if (folder / "log.jsonl").exists():
+        rows = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf-8").splitlines()]
+        seconds = max(row["seconds"] for row in rows if "seconds" in row)
+    else:
+        run = json.loads((folder / "figures.json").read_text("utf-8"))
+        seconds = run["seconds"] if "seconds" in run else run["history"][-1]["seconds"]
+    needed = [minutes(name) for name in PHASES[phase].needs]
+    return {name: time for part in needed for name, time in part.items()} | {phase: seconds / 60}
+
+
+def card(name: str, phase: str, folder: Path, found: dict[str, dict[str, evaluate.Figures]]) -> str:
     """A model card: what it is, how large, how it was trained, and its figures."""
     config = json.loads((RUNS / phase / "config.json").read_text("utf-8"))
     last = json.loads((RUNS / phase / "log.jsonl").read_text("utf-8").splitlines()[-1])
     state = load_file(folder / "model.safetensors")
     parameters = sum(tensor.numel() for tensor in state.values())
     size = (folder / "model.safetensors").stat().st_size / 1e6
+    took = minutes(phase)
     rows = [
-        f"| {split} | {suite} | {metric} | {value:.3f} |"
+        f"| {split} | {suite} | {metric.replace('_', ' ')} | {value:.3f} |"
         for split, suites in found.items()
         for suite, metrics in suites.items()
         for metric, value in metrics.items()
@@ -145,7 +170,9 @@ def card(name: str, phase: str, folder: Path, found: dict[str, Any]) -> str:
             f"{parameters:,} parameters, {size:.1f} MB in float16.",
             "",
             "Trained from nothing by the phases of `python -m train.scenes build`: "
-            f"seed {config['fit']['seed']}, {last['step']:,} steps of {config['batch_size']} at the end.",
+            f"seed {config['fit']['seed']}, {last['step']:,} steps of {config['batch_size']} at the end, "
+            f"{sum(took.values()):.0f} minutes of one CPU core in all "
+            f"({', '.join(f'{part} {time:.0f}' for part, time in took.items())}).",
             "No visual question was ever trained: answers are zero-shot, by the frozen language model.",
             "",
             "| split | suite | metric | value |",
