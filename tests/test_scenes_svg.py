@@ -37,4 +37,4 @@ def test_the_embedded_model_names_them(capsys):
     found = figures(checkpoint.load("scenes-opt", precision="float32", device="cpu"))
     with capsys.disabled():
         print("\n", {name: round(value, 3) for name, value in found.items()})
-    assert found["svg color"] >= 0.85 and found["svg shape"] >= 0.85, found
+    assert found["color"] >= 0.85 and found["shape"] >= 0.85, found

@@ -188,6 +188,21 @@ def test_the_encoder_loads_in_transformers(tmp_path):
         )
 
 
+def test_patches_are_asked_where_their_thing_is():
+    left, right = thing(0.2, 0.5), thing(0.8, 0.5, shape="ring", color="blue")
+    names = (*SHAPES, *COLORS)
+    of_left, of_right = (
+        dict(zip(names, encoder.neighbors(t, (left, right)), strict=True)) for t in (left, right)
+    )
+    assert {name for name in names if of_left[name]} == {"ring", "blue"}
+    assert of_left["ring"] == of_left["blue"] == 1 + world.RELATIONS.index("left of")
+    assert {of_right[name] for name in ("square", "red")} == {1 + world.RELATIONS.index("right of")}
+    other = thing(0.5, 0.9, shape="ring", color="green")  # neither left nor right of, nor above or below
+    assert relation(left, other) is None
+    asked = dict(zip(names, encoder.neighbors(left, (left, right, other)), strict=True))
+    assert (asked["ring"], asked["blue"], asked["green"]) == (-100, of_left["blue"], 0)
+
+
 def test_recolored_pictures_ask_for_no_color():
     target = encoder.batch(range(8), "train")
     changed = encoder.recolor(target, seed=0)

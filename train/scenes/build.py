@@ -120,16 +120,15 @@ def pack(scenes: int) -> None:
         trained = checkpoint.load(RUNS / phase / "model", precision="float32", device="cpu")
         folder = checkpoint.save(trained.model, trained.processor, ASSETS / name, weights_dtype="float16")
         packed = checkpoint.load(folder, precision="float32", device="cpu")  # as users get it, rounded
-        found = evaluate.figures(packed, scenes, "validation")
-        if "answers" in found:
+        if packed.processor.family != "bert":
             at_once, described = (
-                statistics.mean(found[suite][kind] for kind in KINDS)
-                for suite in ("answers", "answers, described first")
+                evaluate.answers(packed, scenes, "validation", described=first) for first in (False, True)
             )
-            packed.model.config.describe_first = described > at_once
+            better = statistics.mean(described[kind] - at_once[kind] for kind in KINDS) > 0
+            packed.model.config.describe_first = better
             checkpoint.save(packed.model, packed.processor, folder, weights_dtype="float16")
         novelty.fit(packed, folder)
-        found["unknown pictures"] = novelty.figures(packed, scenes, "validation")
+        found = evaluate.figures(packed, scenes, "validation")
         (folder / "figures.json").write_text(json.dumps({"validation": found}, indent=2) + "\n", "utf-8")
         (folder / "README.md").write_text(card(name, phase, folder, {"validation": found}), "utf-8")
         print(f"{name}: {json.dumps(found)}", flush=True)

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,20 @@ from transformers import Blip2VisionConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from blip2.vision import VisionTransformer
-from train.scenes.world import COLORS, HELD_OUT, MAX_THINGS, SHAPES, SIZES, STYLES, labels, render, sample
+from train.scenes.world import (
+    COLORS,
+    HELD_OUT,
+    MAX_THINGS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    STYLES,
+    Thing,
+    labels,
+    relation,
+    render,
+    sample,
+)
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8
 CLASSES = {
@@ -38,6 +52,7 @@ CLASSES = {
 }  # of a patch; class 0 is "nothing"
 WEIGHTS = {"shape": 1.0, "color": 0.5, "size": 0.5, "style": 0.25}
 NOTHING_WEIGHT = 0.3  # three patches of four show nothing
+NOWHERE_WEIGHT = 0.1  # most names are those of no other thing
 RECOLORED = 0.35  # share of training pictures whose color channels are exchanged
 OFFSET_SCALE = 0.1  # offsets are predicted in tenths of the picture
 
@@ -77,8 +92,9 @@ def batch(seeds: range, split: str) -> dict[str, Tensor]:
     """Pictures and targets of some scenes.
 
     `pixels` uint8 (B, S, S, 3); `thing`, `shape`, `color`, `size`, `style` long (B, P) and `offset` float
-    (B, P, 2) as in `world.labels`; `has` float (B, shapes + colors), which occur; `count` long (B,), number
-    of things - 1; `held_out` bool (B, P), patches of a color and shape never together in training.
+    (B, P, 2) as in `world.labels`; `around` long (B, P, shapes + colors), of `neighbors`, for patches that
+    show a thing, or else -100; `has` float (B, shapes + colors), which occur; `count` long (B,), number of
+    things - 1; `held_out` bool (B, P), patches of a color and shape never together in training.
     """
     rows: list[dict[str, np.ndarray]] = []
     for seed in seeds:
@@ -90,25 +106,44 @@ def batch(seeds: range, split: str) -> dict[str, Tensor]:
         row["pixels"] = render(scene, IMAGE_SIZE)
         row["style"] = np.array(styles)[row["thing"] + 1]
         row["held_out"] = np.array(held_out)[row["thing"] + 1]
+        found = [neighbors(thing, scene.things) for thing in scene.things]
+        around = [[-100] * (len(SHAPES) + len(COLORS)), *found]
+        row["around"] = np.array(around)[row["thing"] + 1]
         row["has"] = np.array([s in shapes for s in SHAPES] + [c in colors for c in COLORS], np.float32)
         row["count"] = np.array(len(scene.things) - 1)
         rows.append(row)
     return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 
+def neighbors(thing: Thing, things: Sequence[Thing]) -> list[int]:
+    """Where the thing is, seen from others, by their shape and then by their color: 1 + index in RELATIONS.
+
+    0: there is no such other, or it is not clear; -100: there are several, and they do not agree.
+    """
+    found = []
+    for name in (*SHAPES, *COLORS):
+        named = [other for other in things if other is not thing and name in (other.shape, other.color)]
+        seen = {relation(thing, other) for other in named}
+        where = seen.pop() if len(seen) == 1 else None
+        found.append(-100 if seen else 1 + RELATIONS.index(where) if where else 0)
+    return found
+
+
 def recolor(target: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     """Exchange the color channels of some pictures, and ask for no color there.
 
     Without it the encoder learns that what is blue is no heart (no training scene shows one), and shape is
-    read wrongly in HELD_OUT pairs. Colors to be ignored become -100 in `color` and NaN in `has`.
+    read wrongly in HELD_OUT pairs. Colors to be ignored become -100 in `color` and `around`, NaN in `has`.
     """
     generator = torch.Generator().manual_seed(seed)
-    target = {name: t.clone() if name in ("pixels", "color", "has") else t for name, t in target.items()}
+    changed = ("pixels", "color", "around", "has")
+    target = {name: t.clone() if name in changed else t for name, t in target.items()}
     rows = torch.randperm(len(target["pixels"]), generator=generator)
     for row in rows[: int(RECOLORED * len(rows))].tolist():
         order = torch.randperm(3, generator=generator)
         target["pixels"][row] = target["pixels"][row][..., order]
         target["color"][row] = -100
+        target["around"][row, :, len(SHAPES) :] = -100
         target["has"][row, len(SHAPES) :] = torch.nan
     return target
 
@@ -125,14 +160,16 @@ class PatchLabeler(nn.Module):
         width = config.hidden_size
         self.heads = nn.ModuleDict({name: nn.Linear(width, 1 + len(CLASSES[name])) for name in CLASSES})
         self.offset = nn.Linear(width, 2)
+        self.around = nn.Linear(width, (len(SHAPES) + len(COLORS)) * (1 + len(RELATIONS)))
         self.has = nn.Linear(width, len(SHAPES) + len(COLORS))
         self.count = nn.Linear(width, MAX_THINGS)
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """pixel_values (B, 3, S, S) -> logits (B, P, classes) by name, `offset` (B, P, 2), `has`, `count`."""
+        """pixel_values (B, 3, S, S) -> logits (B, P, classes) by name, `around`, `offset`, `has`, `count`."""
         tokens = self.vision_model(pixel_values)
         whole, patches = tokens[:, 0], tokens[:, 1:]
         out = {name: head(patches).float() for name, head in self.heads.items()}
+        out["around"] = self.around(patches).float().unflatten(-1, (-1, 1 + len(RELATIONS)))
         out["offset"] = OFFSET_SCALE * self.offset(patches).float()
         out["has"], out["count"] = self.has(whole).float(), self.count(whole).float()
         return out
@@ -148,13 +185,15 @@ def sine_positions(side: int, width: int) -> Tensor:
 
 
 def loss_of(out: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
-    """The sum of all objectives: patch classes, offsets to the thing's center, what the whole picture has."""
+    """The sum of all objectives: patch classes, what is where around a thing, its center, what there is."""
     asked = ~target["has"].isnan()
     loss = F.binary_cross_entropy_with_logits(out["has"][asked], target["has"][asked])
     loss = loss + 0.25 * F.cross_entropy(out["count"], target["count"])
     for name, values in CLASSES.items():
         weight = torch.tensor([NOTHING_WEIGHT] + [1.0] * len(values))
         loss = loss + WEIGHTS[name] * F.cross_entropy(out[name].flatten(0, 1), target[name].flatten(), weight)
+    nowhere = torch.tensor([NOWHERE_WEIGHT] + [1.0] * len(RELATIONS))
+    loss = loss + F.cross_entropy(out["around"].flatten(0, 2), target["around"].flatten(), nowhere)
     shown = target["thing"] >= 0
     miss = (out["offset"] - target["offset"])[shown] / OFFSET_SCALE
     return loss + 0.5 * F.smooth_l1_loss(miss, torch.zeros_like(miss))
@@ -166,8 +205,9 @@ def evaluate(model: PatchLabeler, data: dict[str, Tensor]) -> dict[str, float]:
 
     `shape`, `color`, `size`, `style`: of the patches that show a thing; `patch_shape`: of all patches;
     `things`: of whole things, whose patches vote, the share with shape, color and size all right, and
-    `things_held_out` that of the color-shape pairs never trained on; `offset_pixels`: mean distance by which
-    the center is missed; `has`, `count`: of the class token's answers.
+    `things_held_out` that of the color-shape pairs never trained on; `around`: of the relations to others
+    that patches are asked for; `offset_pixels`: mean distance by which the center is missed; `has`, `count`:
+    of the class token's answers.
     """
     model.eval()
     parts = [forward(model, part) for part in data["pixels"].split(250)]
@@ -189,6 +229,8 @@ def evaluate(model: PatchLabeler, data: dict[str, Tensor]) -> dict[str, float]:
     figures["things"] = good[index.unique()].float().mean().item()
     if len(held_out):
         figures["things_held_out"] = good[held_out].float().mean().item()
+    related = data["around"] > 0
+    figures["around"] = (out["around"].argmax(-1) == data["around"])[related].float().mean().item()
     figures["offset_pixels"] = (out["offset"] - data["offset"])[shown].norm(dim=-1).mean().item() * IMAGE_SIZE
     figures["has"] = ((out["has"] > 0) == (data["has"] > 0)).float().mean().item()
     figures["count"] = (out["count"].argmax(-1) == data["count"]).float().mean().item()

@@ -1,9 +1,10 @@
 """Figures of the drawn world's checkpoints on scenes they never saw: `python -m train.scenes evaluate`.
 
-    answers     zero-shot: no visual question was trained; exact match by kind, in both answering modes
+    answers     zero-shot: no visual question was trained; exact match by kind, in both ways of answering
     baselines   the same questions without a picture, with another's, and with the truth in words
     captions    objects (color and shape) named after "a photo of", and relations stated in sampled captions
     retrieval   recall@1 among N pictures and N captions, by ITC, and with ITM on ITC's best
+    another renderer's pictures, and pictures of another kind: train.scenes.svg, train.scenes.novelty
 
 All but the sampled captions is decoded greedily.
 """
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 
 from blip2.checkpoint import Loaded
-from blip2.generation import Generation, describe, generate
+from blip2.generation import Generation, describe, describes_first, generate
 from blip2.representation import Blip2Representation
 from blip2.vision import ImageFeatures
 from train.scenes.documents import describe as true_text
@@ -235,13 +236,19 @@ def retrieval(loaded: Loaded, count: int = 500, split: str = "test") -> Figures:
 
 
 def figures(loaded: Loaded, count: int, split: str = "test") -> dict[str, Figures]:
-    """Every suite that a checkpoint has."""
+    """Every suite that a checkpoint has; needs what the `dev` extra installs."""
+    from train.scenes import novelty, svg  # they use this module
+
+    unknown = {"unknown pictures": novelty.figures(loaded, count, split)}
     if isinstance(loaded.model, Blip2Representation):
-        return {"retrieval": retrieval(loaded, min(count, 500), split)}
+        return {"retrieval": retrieval(loaded, min(count, 500), split), **unknown}
+    first = describes_first(loaded.model)
     return {
-        "answers": answers(loaded, count, split),
-        "answers, described first": answers(loaded, count, split, described=True),
-        "answers, unseen wordings": answers(loaded, count, split, unseen=True),
+        "answers at once": answers(loaded, count, split),
+        "answers described first": answers(loaded, count, split, described=True),
+        "answers to unseen wordings": answers(loaded, count, split, unseen=True, described=first),
         **{f"answers, {name}": found for name, found in baselines(loaded, count, split).items()},
         "captions": captions(loaded, count, split),
+        "another renderer": svg.figures(loaded),
+        **unknown,
     }

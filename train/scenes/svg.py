@@ -1,7 +1,7 @@
 """Pictures of the drawn world by another hand: SVG texts rasterized by resvg, never trained on.
 
     svg_pictures() -> [(picture, truth)]     80 pictures of one or two things; every color with every shape
-    figures(loaded) -> {"svg color": ...}    what a model names of them, by question and by caption
+    figures(loaded) -> {"color": ...}        what a model names of them, by question and by caption
 
 Nothing of `world.render` is used. SVG brings what it lacks: curves instead of polygons, gradients within a
 thing, rounded corners and line joins, shadows, and CSS's colors instead of the palette's.
@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageColor
 
 from blip2.checkpoint import Loaded
-from blip2.generation import Generation, describe, generate
+from blip2.generation import Generation, describe, describes_first, generate
 from train.scenes.evaluate import NAMED, Figures
 from train.scenes.world import COLORS, SHAPES
 
@@ -173,22 +173,27 @@ def svg_pictures() -> list[tuple[Image.Image, Truth]]:
 
 
 def figures(loaded: Loaded) -> Figures:
-    """Exact match of color and shape, asked for by each other; and by caption: the share of things named."""
+    """Exact match of color and shape, asked for by each other; and the share of things that captions name."""
     pictures = svg_pictures()
     processor = loaded.processor
     image = loaded.model.encode_image(processor.images([picture for picture, _ in pictures]))
     things = [(row, color, shape) for row, (_, truth) in enumerate(pictures) for color, shape in truth]
     rows = torch.tensor([row for row, _, _ in things])
     asked = {
-        "svg color": [(f"what color is the {shape}?", color) for _, color, shape in things],
-        "svg shape": [(f"what shape is the {color} thing?", shape) for _, color, shape in things],
+        "color": [(f"what color is the {shape}?", color) for _, color, shape in things],
+        "shape": [(f"what shape is the {color} thing?", shape) for _, color, shape in things],
     }
+    captions = describe(loaded.model, processor, image)
+    read = captions if describes_first(loaded.model) else [""] * len(captions)
     found: Figures = {}
     for name, questions in asked.items():
-        prompts = [processor.prompt(question, processor.question_style) for question, _ in questions]
+        prompts = [
+            processor.prompt(question, processor.question_style, description=read[row])
+            for (question, _), (row, _, _) in zip(questions, things, strict=True)
+        ]
         said = generate(loaded.model, processor, image[rows], prompts, Generation(max_new_tokens=6))
         right = [text.strip(" .") == answer for (_, answer), [text] in zip(questions, said, strict=True)]
         found[name] = sum(right) / len(right)
-    named = [set(NAMED.findall(text)) for text in describe(loaded.model, processor, image)]
-    found["svg things captioned"] = sum((c, s) in named[row] for row, c, s in things) / len(things)
+    named = [set(NAMED.findall(text)) for text in captions]
+    found["things captioned"] = sum((c, s) in named[row] for row, c, s in things) / len(things)
     return found

@@ -50,6 +50,7 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "which shape is the {x}?",
         "tell me the shape of the {x}?",
         "what shape has the {x}?",
+        "what shape does the picture show for the {x}?",
         "what is the {x}?",
         "name the shape of the {x}?",
         "which is the shape of the {x}?",
@@ -63,6 +64,8 @@ WORDINGS: dict[str, tuple[str, ...]] = {
         "which size is the {x}?",
         "tell me the size of the {x}?",
         "what size has the {x}?",
+        "what size does the picture show for the {x}?",
+        "can you see what size is the {x}?",
         "name the size of the {x}?",
         "which is the size of the {x}?",
         "what size do you see for the {x}?",
@@ -226,23 +229,23 @@ def captions(scene: Scene, rng: random.Random) -> list[str]:
 
 def telling_caption(scene: Scene, rng: random.Random) -> str:
     """A list or a relation: what fits few other scenes, so that a batch holds hardly any false negatives."""
-    pairs = clear_pairs(scene.things) if rng.random() < 0.3 else []
+    pairs = clear_pairs(scene.things) if rng.random() < 0.4 else []
     if pairs:
         return relation_caption(*rng.choice(pairs))
     return list_caption(scene.things, rng, size_chance=0.9, photo_chance=0.0)
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """One caption: lists most often, then relations, then the rest."""
+    """One caption: relations most often, then lists, then the rest."""
     things, chance = scene.things, rng.random()
-    pairs = clear_pairs(things) if chance >= 0.7 else []
+    pairs = clear_pairs(things) if chance >= 0.6 else []
     if pairs:
         return relation_caption(*rng.choice(pairs))
-    if chance < 0.38 or chance >= 0.7:
+    if chance < 0.3 or chance >= 0.6:
         return list_caption(things, rng)
-    if chance < 0.48:
+    if chance < 0.38:
         return attribute_caption(rng.choice(things), things, rng)
-    make = count_caption if chance < 0.58 else exist_caption if chance < 0.64 else absence_caption
+    make = count_caption if chance < 0.48 else exist_caption if chance < 0.53 else absence_caption
     return make(things, rng)
 
 
