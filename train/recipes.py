@@ -260,7 +260,7 @@ def _scenes_stage2(language_model: str, output: str) -> Recipe:
             min_learning_rate=5e-5,
             warmup_steps=100,
             clip_norm=1.0,
-            max_minutes=16,
+            max_minutes=32,
             log_every=20,
             eval_every=400,
             save_every=400,

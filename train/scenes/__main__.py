@@ -98,11 +98,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--size", type=int, default=256, help="pixels a side")
     command.set_defaults(run=draw)
 
-    command = commands.add_parser("encoder", help="pretrain the image encoder (half an hour on one core)")
+    command = commands.add_parser("encoder", help="pretrain the image encoder (three quarters of an hour on one core)")
     command.add_argument(
         "--out", type=Path, default=Path("runs/scenes/encoder"), help="run folder; resumable"
     )
-    command.add_argument("--steps", type=int, default=3000)
+    command.add_argument("--steps", type=int, default=4000)
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--threads", type=int, default=1)

@@ -245,7 +245,7 @@ def forward(model: PatchLabeler, pixels: Tensor) -> dict[str, Tensor]:
 
 def pretrain_encoder(
     out: Path,
-    steps: int = 3000,
+    steps: int = 4000,
     seed: int = 0,
     batch_size: int = 64,
     peak_rate: float = 1.5e-3,

@@ -4,7 +4,7 @@
 
 Three seeds with stage 1 and three without (a Q-Former of random weights), equal steps of stage 2 on the same
 captions, and each of ITC, ITM and ITG left out of stage 1 once. Everything trains on cached features of one
-frozen encoder, with a budget fixed beforehand: two hours of two cores. Questions are about validation scenes.
+frozen encoder, with a budget fixed beforehand, about an hour of two cores. Questions are about validation scenes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ ROOT = Path("runs/experiment")
 BUILT = Path("runs/scenes")
 SEEDS = (0, 1, 2)
 OBJECTIVES = ("itc", "itm", "itg")
-NUM_SCENES = 48_000
-STEPS_1, STEPS_2, EVERY = 480, 1_000, 200
+NUM_SCENES = 32_000
+STEPS_1, STEPS_2, EVERY = 300, 600, 100
 NUM_ASKED = 150
 NAMES = {
     "with": "with stage 1",

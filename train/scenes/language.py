@@ -230,14 +230,14 @@ def gate(model: PreTrainedModel, count: int = 200, unseen: bool = False) -> dict
 
 def train_opt(
     out: str | Path,
-    steps: int = 5400,
+    steps: int = 5600,
     seed: int = 0,
     size: int = 48,
     every: int = 100,
     scenes: int = 400,
     rate: float = 1.2e-3,
 ) -> dict:
-    """Pretrain the OPT of the drawn world, 1.3 M parameters; model, tokenizer and figures end in `out`.
+    """Pretrain the OPT of the drawn world, 1.6 M parameters; model, tokenizer and figures end in `out`.
 
     Args:
         size: documents in a batch.
@@ -277,14 +277,14 @@ def train_opt(
 
 def train_t5(
     out: str | Path,
-    steps: int = 4000,
+    steps: int = 6600,
     seed: int = 0,
     size: int = 64,
     every: int = 100,
     scenes: int = 400,
     rate: float = 2e-3,
 ) -> dict:
-    """Pretrain the Flan-T5 of the drawn world, 2.1 M parameters; arguments as of `train_opt`."""
+    """Pretrain the Flan-T5 of the drawn world, 3.5 M parameters; arguments as of `train_opt`."""
     torch.manual_seed(seed)
     config = T5Config(
         vocab_size=len(text.vocabulary("t5")),
