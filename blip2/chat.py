@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .generation import Generation, TextCache, decode, describe, describes_first, generate
+from .generation import Generation, TextCache, decode, describe, generate, num_descriptions
 from .images import ImageSource
 from .model import Blip2
 from .processing import Processor, PromptError, Style
@@ -88,8 +88,8 @@ class Chat:
         processor: its processor.
         pool: where key-value caches live between turns; by default one pool serves the whole process.
         style: frame of the questions; by default the paper's for this language model.
-        describe: let the model caption the picture first, and put the caption between picture and questions;
-            by default as the checkpoint says, see `describes_first`.
+        describe: how many captions of its own the model reads between picture and questions; 0 for none, by
+            default as many as the checkpoint answers best with.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class Chat:
         *,
         pool: CachePool | None = None,
         style: Style | None = None,
-        describe: bool | None = None,
+        describe: int | None = None,
     ):
         self.model, self.processor = model, processor
-        self.describe = describes_first(model, describe)
-        self.description = ""
+        self.describe = num_descriptions(model, describe)
+        self.description, self._described = "", 0
         self.style: Style = style or processor.question_style
         self.turns: list[Turn] = []
         self.image: ImageFeatures | None = None
@@ -127,7 +127,7 @@ class Chat:
             image = self.model.encode_image(self.processor.images(image).to(device))
         if len(image) != 1:
             raise ValueError(f"a chat is about one picture, not {len(image)}")
-        self.image, self.description = image, ""
+        self.image, self.description, self._described = image, "", 0
         self._pool.drop(self._key)
         if not keep_turns:
             self.turns.clear()
@@ -157,13 +157,14 @@ class Chat:
         generation = (generation or Generation()).with_(**settings)
         if generation.num_captions != 1:
             raise ValueError(f"a chat turn has one answer; num_captions is {generation.num_captions}")
-        if self.describe and not self.description and self.style != "raw":
+        wanted = 0 if self.style == "raw" else self.describe
+        if wanted != self._described:
             self._stop.clear()
-            [description] = describe(self.model, self.processor, self.image, self._stop)
+            [description] = describe(self.model, self.processor, self.image, wanted, self._stop)
             if self._stop.is_set():
                 self.turns.append(Turn(question))
                 return iter("")
-            self.description = description
+            self.description, self._described = description, wanted
         turn, tokens = self._prompt(question, generation)
         return self._answer(turn, tokens, self.image, generation)
 
@@ -173,9 +174,8 @@ class Chat:
         room = (
             (self.processor.context or 1 << 30) - self.processor.num_query_tokens - generation.max_new_tokens
         )
-        description = self.description if self.describe else ""
         for dropped in range(len(history) + 1):
-            prompt = self.processor.prompt(question, self.style, history[dropped:], description)
+            prompt = self.processor.prompt(question, self.style, history[dropped:], self.description)
             last = dropped == len(history)
             if not last and len(self.processor.tokenizer(prompt)["input_ids"]) > room:
                 continue

@@ -29,6 +29,7 @@ from .vision import ImageFeatures
 
 Method = Literal["greedy", "beam", "nucleus"]
 DESCRIPTION = "a photo of"  # what a description goes on from
+MAX_DESCRIPTIONS = 20  # captions in one: more are the same again, and fill the context
 
 
 @dataclass(frozen=True)
@@ -281,15 +282,52 @@ def generate(
     ]
 
 
-def describes_first(model: Blip2, wanted: bool | None = None) -> bool:
-    """Whether to describe the picture before answering: as wanted, or else as the checkpoint says."""
-    return bool(getattr(model.config, "describe_first", False)) if wanted is None else wanted
+def num_descriptions(model: Blip2, wanted: int | None = None) -> int:
+    """Of how many captions `describe` is to make a description: as wanted, or else as the checkpoint says."""
+    return int(getattr(model.config, "num_descriptions", 0)) if wanted is None else wanted
 
 
 def describe(
-    model: Blip2, processor: Processor, image: ImageFeatures, stop: threading.Event | None = None
+    model: Blip2,
+    processor: Processor,
+    image: ImageFeatures,
+    captions: int = 1,
+    stop: threading.Event | None = None,
 ) -> list[str]:
-    """The model's own caption of each image, greedy, for "describe, then answer"; `stop` cuts it short."""
-    prompt = processor.prompt(DESCRIPTION, "caption")
-    settings = Generation(max_new_tokens=30)
-    return [text for [text] in generate(model, processor, image, prompt, settings, stop)]
+    """What the model says of each image by itself, for "describe, then answer".
+
+    One greedy caption, and then sampled ones, as in PNP-VQA (arXiv 2210.08773, Sec. 3.2), each text once, and
+    only what fits half of the model's context.
+
+    Args:
+        model: stage 2.
+        processor: its processor.
+        image: features of B images.
+        captions: how many; 0 for none, and empty descriptions.
+        stop: cuts it short.
+
+    Raises:
+        ValueError: fewer than 0 captions, or more than MAX_DESCRIPTIONS.
+    """
+    if not 0 <= captions <= MAX_DESCRIPTIONS:
+        raise ValueError(f"a description takes 0 to {MAX_DESCRIPTIONS} captions, not {captions}")
+    if captions == 0:
+        return [""] * len(image)
+    greedy = Generation(max_new_tokens=30)
+    said = generate(model, processor, image, processor.prompt(DESCRIPTION, "caption"), greedy, stop)
+    if captions > 1 and not (stop and stop.is_set()):
+        sampling = greedy.with_(method="nucleus", temperature=0.7, seed=0, num_captions=captions - 1)
+        more = generate(model, processor, image, "", sampling, stop)
+        said = [first + others for first, others in zip(said, more, strict=True)]
+    return [_joined(texts, processor) for texts in said]
+
+
+def _joined(texts: list[str], processor: Processor) -> str:
+    """Different texts as sentences, as many as fit half of the context: the rest is the conversation's."""
+    room = (processor.context or 1 << 30) // 2
+    joined = ""
+    for text in dict.fromkeys(text.strip().rstrip(".") for text in texts):
+        longer = f"{joined}. {text}" if joined else text
+        if len(processor.tokenizer(longer)["input_ids"]) <= room:
+            joined = longer
+    return joined

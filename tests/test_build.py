@@ -67,7 +67,7 @@ def test_questions_are_answered_from_the_right_picture(name, least):
     below = evaluate.baselines(load(name), 48, "validation")
     assert figures["color"] > least > 0.35 > below["wrong picture"]["color"]
     assert below["blind"]["color"] < 0.35 and below["true text"]["color"] > 0.9
-    described = evaluate.answers(load(name), 48, "validation", described=True)
+    described = evaluate.answers(load(name), 48, "validation", described=1)
     assert described["color"] > least
 
 

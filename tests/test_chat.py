@@ -7,7 +7,7 @@ import tiny
 from PIL import Image
 
 from blip2.chat import CachePool, Chat
-from blip2.generation import Generation, generate
+from blip2.generation import Generation, describe, generate
 from blip2.processing import Processor, PromptError
 
 LONG = Generation(method="nucleus", top_p=1.0, temperature=3.0, seed=1, max_new_tokens=12, min_new_tokens=12)
@@ -165,32 +165,43 @@ def test_bad_use(chat):
     assert chat.turns == []
 
 
-def test_describe_first_puts_the_own_caption_between_picture_and_questions(chat):
+def test_own_captions_stand_between_picture_and_questions(chat):
     plain = chat.ask("how many ?")
     chat.clear()
-    chat.describe = True
+    chat.describe = 1
     chat.ask("how many ?")
     chat.ask("what color is it ?")
-    caption = generate(
+    [[caption]] = generate(
         chat.model, chat.processor, chat.image, "a photo of", Generation(max_new_tokens=30)
-    )[0][0]  # fmt: skip
+    )
     assert chat.description == caption and caption
     for turn in chat.turns:
         assert turn.prompt.startswith(f"{caption.rstrip('.')}. Question: how many ?")
     chat.set_image(Image.new("RGB", (40, 30), "blue"))
     assert not chat.description
-    chat.describe = False
+    chat.describe = 0
     chat.set_image(Image.new("RGB", (40, 30), "red"))
     assert chat.ask("how many ?") == plain
-    chat.model.config.describe_first = True  # what a checkpoint says is the default
-    assert (
-        Chat(chat.model, chat.processor).describe
-        and not Chat(chat.model, chat.processor, describe=False).describe
-    )
+    chat.model.config.num_descriptions = 1  # what a checkpoint says is the default
+    assert Chat(chat.model, chat.processor).describe == 1
+    assert Chat(chat.model, chat.processor, describe=0).describe == 0
+
+
+def test_descriptions_of_many_captions(chat):
+    model, processor = chat.model, chat.processor
+    assert describe(model, processor, chat.image, 0) == [""]
+    [one] = describe(model, processor, chat.image, 1)
+    [many] = describe(model, processor, chat.image, 5)
+    assert many.startswith(f"{one.strip().rstrip('.')}. ") and many.count(". ") >= 2
+    assert len(processor.tokenizer(many)["input_ids"]) <= processor.context // 2
+    assert describe(model, processor, chat.image, 5) == [many]
+    for wrong in (-1, 21):
+        with pytest.raises(ValueError, match=f"0 to 20 captions, not {wrong}"):
+            describe(model, processor, chat.image, wrong)
 
 
 def test_stop_while_describing(chat):
-    chat.describe = True
+    chat.describe = 2
     hook = chat.model.language_model.register_forward_hook(lambda *_: chat.stop())
     assert list(chat.stream("how many ?", LONG)) == []
     hook.remove()
@@ -199,10 +210,14 @@ def test_stop_while_describing(chat):
 
 
 def test_the_way_of_answering_may_change_between_turns(chat):
-    chat.ask("how many ?")
-    chat.describe = True
-    chat.ask("how many ?")
-    chat.describe = False
-    chat.ask("how many ?")
-    described = [turn.prompt.startswith(chat.description) for turn in chat.turns]
-    assert chat.description and described == [False, True, False]
+    descriptions = []
+    for count in (0, 1, 3, 0):
+        chat.describe = count
+        chat.ask("how many ?")
+        descriptions.append(chat.description)
+    none, one, three, again = descriptions
+    assert none == again == "" and three.startswith(one) and len(three) > len(one) > 0
+    starts = ["Question:", one[:9], one[:9], "Question:"]
+    assert [turn.prompt.startswith(start) for turn, start in zip(chat.turns, starts, strict=True)] == [
+        True
+    ] * 4

@@ -25,6 +25,7 @@ import blip2.chat
 import blip2.convert
 import blip2.images
 import blip2.presets
+from blip2 import generation
 from blip2.checkpoint import load, save
 from blip2.cli import main
 from blip2.cli.arguments import PRECISIONS
@@ -169,16 +170,16 @@ def test_description_goes_before_the_question(blip2_):
     for model in ("opt", "t5"):
         words = ("a.png", "what color?", "--model", model, "--json")
         caption = ("--prompt", "a photo of", "--method", "greedy", "--max-new-tokens", 30)
-        [described] = json.loads(blip2_("caption", "a.png", "--model", model, "--json", *caption)[1])[
-            "results"
-        ]
-        [text] = described["captions"]
-        prompt = json.loads(blip2_("ask", *words, "--describe")[1])["prompt"]
+        text = blip2_("caption", "a.png", "--model", model, "--quiet", *caption)[1].strip()
+        prompt = json.loads(blip2_("ask", *words, "--describe", 1)[1])["prompt"]
         assert text and prompt.startswith(f"{text.rstrip('.')}. Question: what color?")
         assert json.loads(blip2_("ask", *words)[1])["prompt"].startswith("Question:")
-        assert json.loads(blip2_("ask", *words, "--describe", "--style", "raw")[1])["prompt"] == "what color?"
-        compared = blip2_("compare", *words[:2], "--models", model, model, "--describe", "--json")[1]
+        raw = json.loads(blip2_("ask", *words, "--describe", 1, "--style", "raw")[1])
+        assert raw["prompt"] == "what color?"
+        compared = blip2_("compare", *words[:2], "--models", model, model, "--describe", 1, "--json")[1]
         assert [result["prompt"] for result in json.loads(compared)["results"]] == [prompt] * 2
+    code, out, err = blip2_("ask", "a.png", "what color?", "--describe", generation.MAX_DESCRIPTIONS + 1)
+    assert (code, out) == (2, "") and "--describe: invalid choice: 21" in err
 
 
 def test_sampling_repeats_with_the_seed_it_names(blip2_):

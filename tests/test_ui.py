@@ -387,7 +387,7 @@ def test_captions_and_instruction(tabs, tmp_path):
 
 def test_ways_of_answering(tabs, tmp_path):
     path = picture(tmp_path, 1)
-    for way, expected in zip(DESCRIBE, (False, True, False), strict=True):
+    for way, expected in zip(DESCRIBE, (False, False, True, True), strict=True):
         chat, instruct = tabs[ChatTab], tabs[InstructTab]
         for tab, run, words in ((chat, chat.ask, ["what?"]), (instruct, instruct.run, ["what?", "auto"])):
             shown = list(run(Session(), (path, ""), *words, *settings(tab, describe=way)))

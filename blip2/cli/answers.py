@@ -17,7 +17,7 @@ from blip2.cli.models import (
     load_model,
     note_unknown_words,
 )
-from blip2.generation import Generation, describe, describes_first, generate
+from blip2.generation import Generation, describe, generate, num_descriptions
 from blip2.images import ImageError, open_image
 from blip2.model import Blip2
 from blip2.novelty import UnknownPictureError
@@ -75,8 +75,8 @@ def ask(args: argparse.Namespace, console: Console) -> int:
     features = encode(loaded, image, args.image, args)
     note_unknown_words(loaded.processor, args.question, loaded.name, console)
     style = args.style or loaded.processor.question_style
-    first = style != "raw" and describes_first(loaded.model, args.describe)
-    description = describe(loaded.model, loaded.processor, features)[0] if first else ""
+    captions = 0 if style == "raw" else num_descriptions(loaded.model, args.describe)
+    [description] = describe(loaded.model, loaded.processor, features, captions)
     prompt = loaded.processor.prompt(args.question, style, description=description)
     answers = _generate(loaded, features, prompt, settings)
     if not any(answers):

@@ -6,6 +6,7 @@ from blip2 import __version__
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
 STYLES = ("question", "short", "raw")
+MAX_DESCRIPTIONS = 20
 METHODS = ("greedy", "beam", "nucleus")
 
 EPILOG = """The default model is embedded and knows drawn scenes only: circles, stars, colors. For photographs
@@ -108,8 +109,10 @@ def _add_style(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--describe",
-        action=argparse.BooleanOptionalAction,
-        help="have the model caption the picture first and read that too; default: as it does best",
+        type=int,
+        choices=range(MAX_DESCRIPTIONS + 1),
+        metavar="N",
+        help=f"captions of its own that the model reads first, up to {MAX_DESCRIPTIONS}; default: its best",
     )
 
 

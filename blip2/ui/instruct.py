@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import gradio as gr
 
-from blip2.generation import Generation, describes_first
+from blip2.generation import Generation, num_descriptions
 from blip2.processing import Style
 from blip2.ui.answers import streamed
 from blip2.ui.models import Models
@@ -80,7 +80,7 @@ class InstructTab(Tab):
             loaded = self.models.get(name)
             style: Style | None = next((style for style in get_args(Style) if style == frame), None)
             chat = session.single(loaded, style)
-            chat.describe = describes_first(chat.model, self.parameters.describe(values))
+            chat.describe = num_descriptions(chat.model, self.parameters.describe(values))
             if stop.is_set():  # while it was loading
                 yield self.idle(session) | {self.note: note("Stopped.")}
                 return

@@ -21,8 +21,9 @@ USED_BY = {
 }
 DESCRIBE = {
     "As the model does best": None,
-    "Describe the picture first, then answer": True,
-    "Answer at once": False,
+    "Answer at once": 0,
+    "Describe the picture first, in one caption": 1,
+    "Describe the picture first, in many captions": 12,
 }
 WHOLE = {"num_beams", "num_captions", "max_new_tokens", "min_new_tokens"}
 
@@ -46,7 +47,7 @@ class Parameters:
                 self.controls["describe"] = gr.Dropdown(
                     list(DESCRIBE),
                     label="Way of answering",
-                    info="the description is the model's own caption, which it reads before the question",
+                    info="its own captions, which the model then reads before the question",
                     filterable=False,
                 )
             self.controls["method"] = gr.Radio(
@@ -104,8 +105,8 @@ class Parameters:
         """The controls, as inputs of an event."""
         return list(self.controls.values())
 
-    def describe(self, values: tuple[Any, ...]) -> bool | None:
-        """Whether to describe the picture before answering; None leaves it to the model."""
+    def describe(self, values: tuple[Any, ...]) -> int | None:
+        """How many captions the model is to read before the question; None leaves it to the model."""
         return DESCRIBE.get(str(dict(zip(self.controls, values, strict=True)).get("describe")))
 
     def generation(self, values: tuple[Any, ...]) -> Generation:

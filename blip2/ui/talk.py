@@ -8,7 +8,7 @@ import gradio as gr
 
 from blip2.chat import Chat, Turn
 from blip2.checkpoint import Loaded
-from blip2.generation import Generation, describes_first
+from blip2.generation import Generation, num_descriptions
 from blip2.novelty import UnknownPictureError
 from blip2.presets import EMBEDDED
 from blip2.ui.answers import streamed
@@ -112,7 +112,7 @@ class ChatTab(Tab):
         session.look(*picture)
 
         def start(chat: Chat) -> Iterator[str]:
-            chat.describe = describes_first(chat.model, self.parameters.describe(values))
+            chat.describe = num_descriptions(chat.model, self.parameters.describe(values))
             return chat.stream(text, generation)
 
         try:
@@ -132,7 +132,7 @@ class ChatTab(Tab):
         last = session.chat.turns[-1]
 
         def start(chat: Chat) -> Iterator[str]:
-            chat.describe = describes_first(chat.model, self.parameters.describe(values))
+            chat.describe = num_descriptions(chat.model, self.parameters.describe(values))
             return chat.regenerate(generation)
 
         yield from self._answer(session, last.question, start, generation, {}, last)

@@ -98,7 +98,9 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--size", type=int, default=256, help="pixels a side")
     command.set_defaults(run=draw)
 
-    command = commands.add_parser("encoder", help="pretrain the image encoder (three quarters of an hour on one core)")
+    command = commands.add_parser(
+        "encoder", help="pretrain the image encoder (three quarters of an hour on one core)"
+    )
     command.add_argument(
         "--out", type=Path, default=Path("runs/scenes/encoder"), help="run folder; resumable"
     )

@@ -28,6 +28,7 @@ from train.scenes.text import KINDS
 
 RUNS = Path("runs/scenes")
 ASSETS = Path("blip2/assets")
+DESCRIPTIONS = (0, 1, 4, 12)  # how many captions a model may read before a question
 EMBEDDED = {"scenes-itm": "stage1", "scenes-opt": "stage2-opt", "scenes-flan-t5": "stage2-flan-t5"}
 
 
@@ -112,8 +113,8 @@ def run_phases(phases: dict[str, Phase] | None = None, root: Path | None = None,
 def pack(scenes: int) -> None:
     """Write the finished models into the package as float16 files, with a model card of figures each.
 
-    How a model answers by default, at once or after describing the picture, is chosen here: by the mean over
-    the kinds of questions, on validation scenes.
+    How many captions of its own a model reads before it answers is chosen here, by the mean over the kinds of
+    questions on validation scenes.
     """
     torch.set_num_threads(1)
     for name, phase in EMBEDDED.items():
@@ -121,11 +122,12 @@ def pack(scenes: int) -> None:
         folder = checkpoint.save(trained.model, trained.processor, ASSETS / name, weights_dtype="float16")
         packed = checkpoint.load(folder, precision="float32", device="cpu")  # as users get it, rounded
         if packed.processor.family != "bert":
-            at_once, described = (
-                evaluate.answers(packed, scenes, "validation", described=first) for first in (False, True)
-            )
-            better = statistics.mean(described[kind] - at_once[kind] for kind in KINDS) > 0
-            packed.model.config.describe_first = better
+            means = {
+                count: statistics.mean(found[kind] for kind in KINDS)
+                for count in DESCRIPTIONS
+                for found in [evaluate.answers(packed, scenes, "validation", described=count)]
+            }
+            packed.model.config.num_descriptions = max(means, key=lambda count: means[count])
             checkpoint.save(packed.model, packed.processor, folder, weights_dtype="float16")
         novelty.fit(packed, folder)
         found = evaluate.figures(packed, scenes, "validation")

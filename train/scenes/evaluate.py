@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from blip2.checkpoint import Loaded
-from blip2.generation import Generation, describe, describes_first, generate
+from blip2.generation import Generation, describe, generate, num_descriptions
 from blip2.representation import Blip2Representation
 from blip2.vision import ImageFeatures
 from train.scenes.documents import describe as true_text
@@ -75,18 +75,18 @@ def _shares(right: dict[str, list[bool]]) -> Figures:
 
 
 def answers(
-    loaded: Loaded, count: int, split: str = "test", *, unseen: bool = False, described: bool = False
+    loaded: Loaded, count: int, split: str = "test", *, unseen: bool = False, described: int = 0
 ) -> Figures:
     """Exact match by kind of question over `count` scenes, and of color-shape pairs held out of training.
 
     Args:
         unseen: in wordings that the language model was not trained on.
-        described: with the model's own caption between picture and question.
+        described: with so many of the model's own captions between picture and question.
     """
     right: dict[str, list[bool]] = defaultdict(list)
     for scenes, image in batches(loaded, count, split):
         asked = asked_of(scenes, unseen)
-        captions = describe(loaded.model, loaded.processor, image) if described else [""] * len(scenes)
+        captions = describe(loaded.model, loaded.processor, image, described)
         for question, good in zip(asked, _answered(loaded, image, asked, captions), strict=True):
             right[question.kind].append(good)
             if question.kind in ("color", "shape"):
@@ -242,11 +242,13 @@ def figures(loaded: Loaded, count: int, split: str = "test") -> dict[str, Figure
     unknown = {"unknown pictures": novelty.figures(loaded, count, split)}
     if isinstance(loaded.model, Blip2Representation):
         return {"retrieval": retrieval(loaded, min(count, 500), split), **unknown}
-    first = describes_first(loaded.model)
+    best = num_descriptions(loaded.model)
     return {
-        "answers at once": answers(loaded, count, split),
-        "answers described first": answers(loaded, count, split, described=True),
-        "answers to unseen wordings": answers(loaded, count, split, unseen=True, described=first),
+        **{
+            f"answers after {n} captions": answers(loaded, count, split, described=n)
+            for n in sorted({0, 1, best})
+        },
+        "answers to unseen wordings": answers(loaded, count, split, unseen=True, described=best),
         **{f"answers, {name}": found for name, found in baselines(loaded, count, split).items()},
         "captions": captions(loaded, count, split),
         "another renderer": svg.figures(loaded),

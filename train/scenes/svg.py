@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageColor
 
 from blip2.checkpoint import Loaded
-from blip2.generation import Generation, describe, describes_first, generate
+from blip2.generation import Generation, describe, generate, num_descriptions
 from train.scenes.evaluate import NAMED, Figures
 from train.scenes.world import COLORS, SHAPES
 
@@ -184,7 +184,7 @@ def figures(loaded: Loaded) -> Figures:
         "shape": [(f"what shape is the {color} thing?", shape) for _, color, shape in things],
     }
     captions = describe(loaded.model, processor, image)
-    read = captions if describes_first(loaded.model) else [""] * len(captions)
+    read = describe(loaded.model, processor, image, num_descriptions(loaded.model))
     found: Figures = {}
     for name, questions in asked.items():
         prompts = [
