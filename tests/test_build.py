@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 import tyro
+from safetensors.torch import save_file
 
 from blip2.checkpoint import load
 from train.recipes import RECIPES
@@ -61,24 +63,46 @@ def test_real_phases_name_what_there_is():
     assert parser().parse_args(["encoder", "--out", "x"]).out.name == "x"
 
 
-@pytest.mark.parametrize("name, least", [("scenes-opt", 0.8), ("scenes-flan-t5", 0.5)])
+@pytest.mark.parametrize("name, least", [("scenes-opt", 0.9), ("scenes-flan-t5", 0.7)])
 def test_questions_are_answered_from_the_right_picture(name, least):
-    figures = evaluate.answers(load(name), 48, "validation")
-    below = evaluate.baselines(load(name), 48, "validation")
+    loaded = load(name)
+    figures = evaluate.answers(loaded, 48, "validation", described=loaded.model.config.num_descriptions)
+    below = evaluate.baselines(loaded, 48, "validation")
     assert figures["color"] > least > 0.35 > below["wrong picture"]["color"]
     assert below["blind"]["color"] < 0.35 and below["true text"]["color"] > 0.9
-    described = evaluate.answers(load(name), 48, "validation", described=1)
-    assert described["color"] > least
+    assert evaluate.answers(loaded, 48, "validation")["color"] > least - 0.2
 
 
 def test_captions_name_what_is_there():
     figures = evaluate.captions(load("scenes-opt"), 24, "validation")
-    assert figures["object recall"] > 0.7 and figures["object precision"] > 0.7
+    assert figures["object recall"] > 0.9 and figures["object precision"] > 0.9
+    assert figures["relations true"] > 0.8
 
 
 def test_retrieval_finds_its_own():
     figures = evaluate.retrieval(load("scenes-itm"), 24, "validation")
-    assert figures["ITC image to text R@1"] > 0.7 and figures["ITC text to image R@1"] > 0.7
+    assert figures["ITC image to text R@1"] > 0.9 and figures["ITC text to image R@1"] > 0.9
+
+
+def test_cards_hold_the_figures_of_every_split(tmp_path):
+    folder = tmp_path / "scenes-opt"
+    folder.mkdir()
+    save_file({"weight": torch.zeros(3, 5, dtype=torch.float16)}, folder / "model.safetensors")
+    run = {"seed": 7, "steps": 1234, "batch_size": 64, "minutes": {"encoder": 40.2, "stage1": 42.1}}
+    (folder / "training.json").write_text(json.dumps(run))
+    build.record(folder, {"validation": {"answers": {"relation_yesno": 0.5}}})
+    build.record(folder, {"test": {"captions": {"object recall": 0.25}}})
+    build.record(folder, {"validation": {"answers": {"relation_yesno": 0.75}}})
+    card = (folder / "README.md").read_text()
+    assert (
+        card.startswith("# scenes-opt\n") and "15 parameters" in card and "seed 7, 1,234 steps of 64" in card
+    )
+    assert "82 minutes of one CPU core in all (encoder 40, stage1 42)" in card
+    rows = [line for line in card.splitlines() if line.startswith("| ")][1:]
+    assert rows == [
+        "| validation | answers | relation yesno | 0.750 |",
+        "| test | captions | object recall | 0.250 |",
+    ]
 
 
 def test_experiment_is_made_of_runs_that_exist():

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from train.scenes import documents, language, text
+from train.scenes.text import split
 from train.scenes.world import COLORS, SHAPES, relation, sample
 
 SCENES = [sample(seed, "validation") for seed in range(60)]
@@ -153,3 +154,21 @@ def test_trainers_resume_and_save_what_transformers_loads(train, auto, tmp_path,
     assert set(text.KINDS) <= set(figures["validation"]) and not (tmp_path / "parts" / "state.pt").exists()
     assert json.loads((tmp_path / "parts" / "figures.json").read_text()) == figures
     AutoTokenizer.from_pretrained(tmp_path / "parts")
+
+
+def test_untrained_flan_t5_already_looks_where_the_list_goes_on():
+    model = language.new_t5(0)
+    model.set_attn_implementation("eager")
+    scenes = [scene for seed in range(40) if len((scene := sample(seed, "validation")).things) > 2]
+    lists = [split(text.list_caption(scene.things, random.Random(0), 1, 0)) for scene in scenes]
+    batch = language.collate_t5([([*said, "</s>"], said, [1.0] * len(said)) for said in lists])
+    with torch.no_grad():
+        heads = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            decoder_input_ids=batch["targets"].clamp(min=0).roll(1, 1),
+            output_attentions=True,
+        ).cross_attentions[0]
+    for head, least in ((6, 0.2), (7, 0.8), (8, 0.8)):  # by one word, by five
+        looks = [heads[row, head, at, at] for row, said in enumerate(lists) for at in range(5, len(said))]
+        assert torch.stack(looks).mean() > least

@@ -54,14 +54,17 @@ def build(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Print the figures of checkpoints as JSON."""
+    """Print the figures of checkpoints as JSON; with --write, put them into the model cards."""
     from blip2 import checkpoint
+    from train.scenes.build import record
     from train.scenes.evaluate import figures
 
     found = {}
     for name in args.models:
         loaded = checkpoint.load(name, precision="float32", device="cpu")
         found[name] = figures(loaded, args.scenes, args.split)
+        if args.write:
+            record(loaded.folder, {args.split: found[name]})
     print(json.dumps(found, indent=2))
 
 
@@ -121,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--split", choices=SPLITS, default="validation")
     command.add_argument("--scenes", type=int, default=500)
+    command.add_argument("--write", action="store_true", help="into figures.json and the model card, too")
     command.set_defaults(run=evaluate)
 
     command = commands.add_parser("novelty", help="print which pictures a checkpoint says it does not know")

@@ -18,6 +18,7 @@ import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -111,10 +112,10 @@ def run_phases(phases: dict[str, Phase] | None = None, root: Path | None = None,
 
 
 def pack(scenes: int) -> None:
-    """Write the finished models into the package as float16 files, with a model card of figures each.
+    """Write the finished models into the package as float16 files; settle what each knows and how it answers.
 
-    How many captions of its own a model reads before it answers is chosen here, by the mean over the kinds of
-    questions on validation scenes.
+    How many of its own captions a model reads before it answers is chosen here, by the mean over the kinds
+    of questions on validation scenes.
     """
     torch.set_num_threads(1)
     for name, phase in EMBEDDED.items():
@@ -130,10 +131,29 @@ def pack(scenes: int) -> None:
             packed.model.config.num_descriptions = max(means, key=lambda count: means[count])
             checkpoint.save(packed.model, packed.processor, folder, weights_dtype="float16")
         novelty.fit(packed, folder)
-        found = evaluate.figures(packed, scenes, "validation")
-        (folder / "figures.json").write_text(json.dumps({"validation": found}, indent=2) + "\n", "utf-8")
-        (folder / "README.md").write_text(card(name, phase, folder, {"validation": found}), "utf-8")
-        print(f"{name}: {json.dumps(found)}", flush=True)
+        (folder / "training.json").write_text(json.dumps(training(phase), indent=2) + "\n", "utf-8")
+        (folder / "figures.json").unlink(missing_ok=True)  # those of the weights before
+        record(folder, {"validation": evaluate.figures(packed, scenes, "validation")})
+
+
+def record(folder: Path, found: dict[str, dict[str, evaluate.Figures]]) -> None:
+    """Put figures, by split and suite, into a packed checkpoint's figures.json and model card."""
+    file = folder / "figures.json"
+    known = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    file.write_text(json.dumps(known | found, indent=2) + "\n", "utf-8")
+    (folder / "README.md").write_text(card(folder), "utf-8")
+
+
+def training(phase: str) -> dict[str, Any]:
+    """What a model card says of a run: seed, steps, batch size, and the minutes it and its needs took."""
+    config = json.loads((RUNS / phase / "config.json").read_text("utf-8"))
+    last = json.loads((RUNS / phase / "log.jsonl").read_text("utf-8").splitlines()[-1])
+    return {
+        "seed": config["fit"]["seed"],
+        "steps": last["step"],
+        "batch_size": config["batch_size"],
+        "minutes": minutes(phase),
+    }
 
 
 def minutes(phase: str) -> dict[str, float]:
@@ -149,31 +169,29 @@ def minutes(phase: str) -> dict[str, float]:
     return {name: time for part in needed for name, time in part.items()} | {phase: seconds / 60}
 
 
-def card(name: str, phase: str, folder: Path, found: dict[str, dict[str, evaluate.Figures]]) -> str:
+def card(folder: Path) -> str:
     """A model card: what it is, how large, how it was trained, and its figures."""
-    config = json.loads((RUNS / phase / "config.json").read_text("utf-8"))
-    last = json.loads((RUNS / phase / "log.jsonl").read_text("utf-8").splitlines()[-1])
+    run = json.loads((folder / "training.json").read_text("utf-8"))
     state = load_file(folder / "model.safetensors")
     parameters = sum(tensor.numel() for tensor in state.values())
     size = (folder / "model.safetensors").stat().st_size / 1e6
-    took = minutes(phase)
     rows = [
         f"| {split} | {suite} | {metric.replace('_', ' ')} | {value:.3f} |"
-        for split, suites in found.items()
+        for split, suites in json.loads((folder / "figures.json").read_text("utf-8")).items()
         for suite, metrics in suites.items()
         for metric, value in metrics.items()
     ]
+    parts = ", ".join(f"{part} {time:.0f}" for part, time in run["minutes"].items())
     return "\n".join(
         [
-            f"# {name}",
+            f"# {folder.name}",
             "",
             "A tiny BLIP-2 that knows drawn scenes only: 64-pixel pictures of one to four colored shapes.",
             f"{parameters:,} parameters, {size:.1f} MB in float16.",
             "",
             "Trained from nothing by the phases of `python -m train.scenes build`: "
-            f"seed {config['fit']['seed']}, {last['step']:,} steps of {config['batch_size']} at the end, "
-            f"{sum(took.values()):.0f} minutes of one CPU core in all "
-            f"({', '.join(f'{part} {time:.0f}' for part, time in took.items())}).",
+            f"seed {run['seed']}, {run['steps']:,} steps of {run['batch_size']} at the end, "
+            f"{sum(run['minutes'].values()):.0f} minutes of one CPU core in all ({parts}).",
             "No visual question was ever trained: answers are zero-shot, by the frozen language model.",
             "",
             "| split | suite | metric | value |",

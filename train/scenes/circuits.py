@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import OPTForCausalLM, T5ForConditionalGeneration
 
@@ -157,6 +158,7 @@ LAID_T5 = (
     "encoder.block.1.",
     "encoder.block.2.layer.0.",
     "encoder.block.3.layer.0.",
+    "decoder.block.0.layer.0.",
     "decoder.block.0.layer.1.EncDecAttention.q.",
     "decoder.block.0.layer.1.EncDecAttention.k.",
 )
@@ -170,7 +172,7 @@ def start_t5(model: T5ForConditionalGeneration, seed: int) -> None:
     the others look for words, neither at themselves nor at the question's own noun. Block 0 copies the words
     around, block 1 looks the question's noun up from </s>, block 2 looks "left of the blue star" up from the
     star, block 3 brings that to </s>. The decoder's first token reads what is collected there; later ones
-    find the encoder's token that follows the word just said.
+    find the encoder's token that follows the words just said.
     """
     generator = torch.Generator().manual_seed(seed)
     config = model.config
@@ -273,5 +275,18 @@ def start_t5(model: T5ForConditionalGeneration, seed: int) -> None:
     for head, code in enumerate((*found, related, related.roll(room, 0))):
         lay(cross, head, None, None, code, gain * read.T)
         cross.q.weight[head * dim], cross.k.weight[head * dim] = 0.7 * start, end
-    for head in (6, 7, 8):
-        lay(cross, head, 1.2 * read, copy[-1], 2 * read, gain * read.T)  # what follows the word just said
+    lay(cross, 6, 1.2 * read, copy[-1], 2 * read, gain * read.T)  # what follows the word just said
+    # ... and the four before it: in "a small red star, a small blue" no fewer tell which thing is next.
+    looking_back = decoder[0].layer[0].SelfAttention
+    bias = looking_back.relative_attention_bias.weight
+    for block in decoder:
+        block.layer[0].SelfAttention.q.weight[: 4 * dim] *= 0.1
+    for head, place in enumerate((-1, -2, -3, -4)):
+        bias[:, head] = 0
+        bias[-place, head] = 10.0
+        lay(looking_back, head, None, None, read, copy[place].T / (own * math.sqrt(width)))
+    for head in (7, 8):
+        turn = [F.pad(_rows(room, dim, generator).T, (0, dim - room)) for _ in range(5)]
+        said = turn[0] @ read + own * sum(turn[back] @ copy[-back] for back in range(1, 5))
+        there = sum(turn[back] @ copy[-back - 1] for back in range(5))
+        lay(cross, head, 1.2 * said, there, 2 * read, gain * read.T)

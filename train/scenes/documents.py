@@ -152,9 +152,13 @@ def t5_document(rng: random.Random, most: int = MAX_THINGS) -> Document:
     about = describe(scene, rng)
     words = split(about.words) if rng.random() > 0.05 else []
     form = rng.random()
-    if form < 0.4:  # the caption, or the rest of it after at most half (the prefix LM of the paper)
-        said = split(text.caption(scene, rng) if rng.random() < 0.6 else text.list_caption(scene.things, rng))
-        cut = rng.randint(1, max(1, len(said) // 2)) if rng.random() < 0.3 else 0
+    if form < 0.45:  # the caption, or the rest of it after at most half (the prefix LM of the paper)
+        if form < 0.13:  # ... as it is asked for at use
+            said = split(text.list_caption(scene.things, rng, photo_chance=1))
+            cut = 3
+        else:
+            said = split(text.caption(scene, rng))
+            cut = rng.randint(1, max(1, len(said) // 2)) if rng.random() < 0.5 else 0
         if words and (cut or rng.random() < 0.5):  # or else it could not tell the prefix from the description
             words.append(".")
         answer = [*said[cut:], "</s>"]
@@ -162,8 +166,8 @@ def t5_document(rng: random.Random, most: int = MAX_THINGS) -> Document:
     asked = draw_questions(scene, about, rng, rng.choice((2, 2, 2, 3, 4)))
     if not asked:
         asked = [("how many things?", text.NUMBERS[len(scene.things)])]
-    history = asked[1:] if form < 0.46 else []
-    if 0.46 <= form < 0.54:  # describe first, then answer
+    history = asked[1:] if form < 0.51 else []
+    if 0.51 <= form < 0.59:  # describe first, then answer
         words += [*split(text.list_caption(scene.things, rng)), "."]
     answer = [*split(asked[0][1]), "</s>"]
     return [*words, *t5_question(asked[0][0], history), "</s>"], answer, [ANSWER] * len(answer)

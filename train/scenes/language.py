@@ -275,16 +275,8 @@ def train_opt(
     return save(model, "opt", Path(out), scenes, run)
 
 
-def train_t5(
-    out: str | Path,
-    steps: int = 6600,
-    seed: int = 0,
-    size: int = 64,
-    every: int = 100,
-    scenes: int = 400,
-    rate: float = 2e-3,
-) -> dict:
-    """Pretrain the Flan-T5 of the drawn world, 3.5 M parameters; arguments as of `train_opt`."""
+def new_t5(seed: int) -> T5ForConditionalGeneration:
+    """The Flan-T5 of the drawn world as it starts."""
     torch.manual_seed(seed)
     config = T5Config(
         vocab_size=len(text.vocabulary("t5")),
@@ -308,6 +300,20 @@ def train_t5(
     # it finds apart in a checkpoint.
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     start_t5(model, seed)
+    return model
+
+
+def train_t5(
+    out: str | Path,
+    steps: int = 6600,
+    seed: int = 0,
+    size: int = 64,
+    every: int = 100,
+    scenes: int = 400,
+    rate: float = 2e-3,
+) -> dict:
+    """Pretrain the Flan-T5 of the drawn world, 3.5 M parameters; arguments as of `train_opt`."""
+    model = new_t5(seed)
 
     def make(rng: random.Random, done: float) -> Document:
         return t5_document(rng)
