@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 from pathlib import Path
 
@@ -36,6 +37,7 @@ NUM_ASKED = 150
 NAMES = {
     "with": "with stage 1",
     "without": "without stage 1",
+    "built": "with the longer stage 1",
     **{o: f"without {o.upper()}" for o in OBJECTIVES},
 }
 
@@ -45,11 +47,13 @@ def phases() -> dict[str, Phase]:
     data = ("--features", str(ROOT / "features" / "hidden.npy"), "--num-scenes", str(NUM_SCENES))
     found = {"features": Phase(("train.scenes.experiment", "features"), (), "hidden.npy")}
     runs = [("with", seed) for seed in SEEDS] + [("without", seed) for seed in SEEDS]
-    for arm, seed in [*runs, *((objective, 0) for objective in OBJECTIVES)]:
+    for arm, seed in [*runs, *((arm, 0) for arm in (*OBJECTIVES, "built"))]:
         name = f"{arm}-{seed}"
         common = (*data, "--seed", str(seed), "--max-minutes", "None")
-        if arm == "without":
-            command: tuple[str, ...] = ("train.scenes.experiment", "random", "--seed", str(seed))
+        command: tuple[str, ...]
+        if arm in ("without", "built"):
+            start = "random" if arm == "without" else "built"
+            command = ("train.scenes.experiment", start, "--seed", str(seed))
         else:
             kept = [objective for objective in OBJECTIVES if objective != arm]
             command = ("train.pretrain", "scenes-stage1", *common, "--steps", str(STEPS_1))
@@ -82,6 +86,11 @@ def random_start(out: Path, seed: int) -> None:
     distributed.seed_everything(seed)
     objective, processor = pretrain.start(RECIPES["scenes-stage1"]())
     checkpoint.save(objective.model, processor, out / "model")  # type: ignore[arg-type]
+
+
+def built_start(out: Path) -> None:
+    """Copy the stage-1 model of the embedded checkpoints, for stage 2 to start from."""
+    shutil.copytree(BUILT / "stage1" / "model", out / "model")
 
 
 def curves() -> dict[str, dict[str, list[dict[str, float]]]]:
@@ -150,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("features", "random", "run"))
+    parser.add_argument("part", choices=("features", "random", "built", "run"))
     parser.add_argument("--out", type=Path, default=Path("docs"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
@@ -160,6 +169,8 @@ def main() -> None:
         cache_features(given.out)
     elif given.part == "random":
         random_start(given.out, given.seed)
+    elif given.part == "built":
+        built_start(given.out)
     else:
         run_phases(phases(), ROOT, given.jobs)
         report(given.out)
