@@ -107,7 +107,7 @@ def test_cards_hold_the_figures_of_every_split(tmp_path):
 
 def test_experiment_is_made_of_runs_that_exist():
     found = experiment.phases()
-    assert len([name for name in found if name.endswith("-stage2")]) == 9
+    assert len([name for name in found if name.endswith("-stage2")]) == 10
     for name, phase in found.items():
         assert set(phase.needs) <= set(found), name
         if phase.command[0] == "train.pretrain":
