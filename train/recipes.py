@@ -246,7 +246,7 @@ def scenes_stage1() -> Recipe:
     )
 
 
-def _scenes_stage2(language_model: str, output: str) -> Recipe:
+def _scenes_stage2(language_model: str, output: str, steps: int, max_minutes: float) -> Recipe:
     return Recipe(
         stage=2,
         start_from="runs/scenes/stage1/model",
@@ -255,12 +255,12 @@ def _scenes_stage2(language_model: str, output: str) -> Recipe:
         batch_size=64,
         max_text_length=26,
         fit=FitConfig(
-            steps=4_000,
+            steps=steps,
             learning_rate=8e-4,
             min_learning_rate=5e-5,
             warmup_steps=100,
             clip_norm=1.0,
-            max_minutes=32,
+            max_minutes=max_minutes,
             log_every=20,
             eval_every=400,
             save_every=400,
@@ -272,12 +272,12 @@ def _scenes_stage2(language_model: str, output: str) -> Recipe:
 
 def scenes_stage2_opt() -> Recipe:
     """Stage 2 of the drawn world with its OPT-like language model, on one CPU core."""
-    return _scenes_stage2("runs/scenes/opt", "runs/scenes/stage2-opt")
+    return _scenes_stage2("runs/scenes/opt", "runs/scenes/stage2-opt", 4_000, 32)
 
 
 def scenes_stage2_flan_t5() -> Recipe:
-    """Stage 2 of the drawn world with its Flan-T5-like language model, on one CPU core."""
-    return _scenes_stage2("runs/scenes/t5", "runs/scenes/stage2-flan-t5")
+    """Stage 2 of the drawn world with its Flan-T5-like language model, on two CPU cores."""
+    return _scenes_stage2("runs/scenes/t5", "runs/scenes/stage2-flan-t5", 9_000, 42)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

@@ -3,8 +3,9 @@
     encoder ----------> stage1 --+--> stage2-opt -------> blip2/assets/scenes-itm, scenes-opt, scenes-flan-t5
     opt, t5 (text only) ---------+--> stage2-flan-t5
 
-Every phase is a command of its own that uses one thread, goes on where it was stopped, and ends in a folder;
-two run side by side. Stage 1 and 2 are `train.pretrain`'s, the same code that trains BLIP-2 at full size.
+Every phase is a command of its own that uses one thread (the last: two processes), goes on where it was
+stopped, and ends in a folder; two run side by side. Stage 1 and 2 are `train.pretrain`'s, the same code that
+trains BLIP-2 at full size.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ EMBEDDED = {"scenes-itm": "stage1", "scenes-opt": "stage2-opt", "scenes-flan-t5"
 
 @dataclass(frozen=True)
 class Phase:
-    """A command, the phases it starts from, and the file that tells it is done."""
+    """A command, the phases it starts from, the file that tells it is done, and how many run it."""
 
     command: tuple[str, ...]
     needs: tuple[str, ...]
     product: str
+    processes: int = 1
 
 
 PHASES = {
@@ -51,7 +53,7 @@ PHASES = {
         ("train.pretrain", "scenes-stage2-opt"), ("stage1", "opt"), "model/model.safetensors"
     ),
     "stage2-flan-t5": Phase(
-        ("train.pretrain", "scenes-stage2-flan-t5"), ("stage1", "t5"), "model/model.safetensors"
+        ("train.pretrain", "scenes-stage2-flan-t5"), ("stage1", "t5"), "model/model.safetensors", processes=2
     ),
 }
 
@@ -65,10 +67,12 @@ def run_phase(name: str, phase: Phase, root: Path) -> float:
     folder, log = root / name, root / f"{name}.log"
     folder.mkdir(parents=True, exist_ok=True)
     flag = "--output" if phase.command[0] == "train.pretrain" else "--out"
+    many = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(phase.processes), "-m")
+    command = (*(many if phase.processes > 1 else ()), *phase.command, flag, str(folder))
     started = time.monotonic()
     with log.open("a", encoding="utf-8") as file:
         code = subprocess.run(
-            [sys.executable, "-u", "-m", *phase.command, flag, str(folder)],
+            [sys.executable, "-u", "-m", *command],
             stdout=file,
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -87,7 +91,7 @@ def run_phases(phases: dict[str, Phase] | None = None, root: Path | None = None,
     Args:
         phases: by default the build's.
         root: where each has a folder; by default RUNS.
-        jobs: how many at a time, a thread each.
+        jobs: how many processes at a time, a thread each; a phase that has more of them runs alone.
 
     Raises:
         PhaseError: one failed; those under way are waited for.
@@ -100,7 +104,8 @@ def run_phases(phases: dict[str, Phase] | None = None, root: Path | None = None,
     with ThreadPoolExecutor(jobs) as pool:
         while len(done) < len(phases):
             for name, phase in phases.items():
-                free = len(running) < jobs and name not in done and name not in running.values()
+                busy = sum(phases[other].processes for other in running.values())
+                free = (not busy or busy + phase.processes <= jobs) and name not in {*done, *running.values()}
                 if free and done.issuperset(phase.needs):
                     print(f"{name}: started, log in {root / name}.log", flush=True)
                     running[pool.submit(run_phase, name, phase, root)] = name
@@ -166,7 +171,9 @@ def minutes(phase: str) -> dict[str, float]:
         run = json.loads((folder / "figures.json").read_text("utf-8"))
         seconds = run["seconds"] if "seconds" in run else run["history"][-1]["seconds"]
     needed = [minutes(name) for name in PHASES[phase].needs]
-    return {name: time for part in needed for name, time in part.items()} | {phase: seconds / 60}
+    return {name: time for part in needed for name, time in part.items()} | {
+        phase: seconds / 60 * PHASES[phase].processes
+    }
 
 
 def card(folder: Path) -> str:

@@ -305,7 +305,7 @@ def new_t5(seed: int) -> T5ForConditionalGeneration:
 
 def train_t5(
     out: str | Path,
-    steps: int = 6600,
+    steps: int = 10_000,
     seed: int = 0,
     size: int = 64,
     every: int = 100,
