@@ -5,6 +5,7 @@
     captions    objects (color and shape) named after "a photo of"; relations stated in the three captions
                 that the app gives, by beam search
     retrieval   recall@1 among N pictures and N captions, by ITC, and with ITM on ITC's best
+    speed       of an answer, in milliseconds
     another renderer's pictures, and pictures of another kind: train.scenes.svg, train.scenes.novelty
 
 All but these three is decoded greedily.
@@ -15,6 +16,8 @@ from __future__ import annotations
 import itertools
 import random
 import re
+import statistics
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +26,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from blip2.chat import Chat
 from blip2.checkpoint import Loaded
 from blip2.generation import Generation, describe, generate, num_descriptions
 from blip2.representation import Blip2Representation
@@ -251,6 +255,19 @@ def retrieval(loaded: Loaded, count: int = 500, split: str = "test") -> Figures:
     return figures
 
 
+def speed(loaded: Loaded, split: str = "test", tries: int = 20) -> Figures:
+    """Milliseconds from a picture to the greedy answer about it, its own captions included: the median."""
+    taken = []
+    for seed in range(tries + 1):
+        picture = Image.fromarray(render(sample(seed, split), loaded.processor.image_size))
+        started = time.perf_counter()
+        chat = Chat(loaded.model, loaded.processor)
+        chat.set_image(picture)
+        chat.ask("how many things are there?", Generation())
+        taken.append(1000 * (time.perf_counter() - started))
+    return {f"milliseconds, {torch.get_num_threads()} threads": statistics.median(taken[1:])}
+
+
 def figures(loaded: Loaded, count: int, split: str = "test") -> dict[str, Figures]:
     """Every suite that a checkpoint has; needs what the `dev` extra installs."""
     from train.scenes import novelty, svg  # they use this module
@@ -270,4 +287,5 @@ def figures(loaded: Loaded, count: int, split: str = "test") -> dict[str, Figure
         "captions": captions(loaded, count, split),
         "another renderer": svg.figures(loaded),
         **unknown,
+        "speed": speed(loaded, split),
     }
