@@ -78,6 +78,9 @@ def test_prefix_tokens():
         )  # one token: all of it is the decoder's
         assert torch.equal(tokens["attention_mask"].bool(), tokens["input_ids"] != words.pad_token_id)
     assert seen == {1, 2, 3, 4}
+    tokens = captions.prefix_tokens(words, CAPTIONS, np.random.default_rng(0), whole=1.0)
+    assert tokens["input_ids"].tolist() == [[words.eos_token_id]] * 3
+    assert [int(i) for i in tokens["labels"][1] if i != -100] == [*whole, words.eos_token_id]
 
 
 # --- objectives ---

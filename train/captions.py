@@ -62,11 +62,13 @@ def prefix_tokens(
     captions: Sequence[str],
     generator: np.random.Generator,
     max_length: int = 32,
+    whole: float = 0.0,
 ) -> dict[str, Tensor]:
     """Stage 2 with an encoder-decoder: the prefix of a caption for the encoder, the rest for the decoder.
 
     The split is drawn between position 1 and the middle of the caption, as the authors describe it (LAVIS
-    issue 139; its unit is unstated, here tokens). A caption of a single token goes to the decoder whole.
+    issue 139; its unit is unstated, here tokens). A caption of a single token goes to the decoder whole, and
+    with the chance `whole` any.
 
     Returns:
         input_ids and attention_mask: int (B, T), prefix </s>; labels: int (B, T'), suffix </s>, -100 on
@@ -77,6 +79,8 @@ def prefix_tokens(
     for caption in captions:
         ids = tokenizer(caption, add_special_tokens=False)["input_ids"]
         split = int(generator.integers(1, len(ids) // 2, endpoint=True)) if len(ids) > 1 else 0
+        if whole and generator.random() < whole:
+            split = 0
         for part, into in ((ids[:split], prefixes), (ids[split:], suffixes)):
             into.append(torch.tensor([*part[: max_length - 1], tokenizer.eos_token_id]))
 
@@ -90,13 +94,15 @@ def prefix_tokens(
     }
 
 
-def tokenize_for(tokenizer: PreTrainedTokenizerBase, family: str, max_length: int) -> Tokenize:
+def tokenize_for(
+    tokenizer: PreTrainedTokenizerBase, family: str, max_length: int, whole: float = 0.0
+) -> Tokenize:
     """The function above that a model's family ("bert", "opt" or "t5", as its `Processor` says) trains on."""
     if family == "bert":
         return lambda captions, generator: representation_tokens(tokenizer, captions, max_length)
     if family == "opt":
         return lambda captions, generator: decoder_tokens(tokenizer, captions, max_length)
-    return lambda captions, generator: prefix_tokens(tokenizer, captions, generator, max_length)
+    return lambda captions, generator: prefix_tokens(tokenizer, captions, generator, max_length, whole)
 
 
 def scenes_loader(

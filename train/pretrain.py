@@ -271,7 +271,9 @@ def run(recipe: Recipe, name: str = "custom") -> Result:
     distributed.seed_everything(recipe.fit.seed)  # of new weights; DDP sends rank 0's to all
     objective, processor = start(recipe)
     scenes, size = recipe.data, recipe.batch_size
-    tokenize = tokenize_for(processor.tokenizer, processor.family, recipe.max_text_length)
+    tokenize = tokenize_for(
+        processor.tokenizer, processor.family, recipe.max_text_length, recipe.whole_captions
+    )
     evaluate = mean_losses(
         lambda: scenes_loader(scenes, tokenize, size, split="validation"), scenes.num_validation // size
     )

@@ -97,6 +97,9 @@ class Recipe:
     """Stage 2: folder of the frozen language model and its tokenizer."""
     max_text_length: int = 32
     """Tokens of a caption; longer ones are cut [C]."""
+    whole_captions: float = 0.0
+    """Stage 2 with an encoder-decoder: chance that the decoder gets all of a caption, its beginning included,
+    which the paper's split never leaves to it."""
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     """Stage 1 only: stage 2 takes over what stage 1 trained."""
     objectives: tuple[Literal["itc", "itm", "itg"], ...] = ("itc", "itm", "itg")
@@ -109,6 +112,8 @@ class Recipe:
             raise RecipeError("stage 2 needs a language_model; none is named")
         if not self.objectives:
             raise RecipeError("objectives is empty; stage 1 trains at least one of itc, itm, itg")
+        if not 0 <= self.whole_captions <= 1:
+            raise RecipeError(f"whole_captions is {self.whole_captions}; it is a chance, 0 to 1")
         if self.batch_size < 2:
             raise RecipeError(f"batch_size is {self.batch_size}; ITC and ITM compare at least 2 pairs")
 
@@ -254,6 +259,7 @@ def _scenes_stage2(language_model: str, output: str, steps: int, max_minutes: fl
         data=Scenes(),
         batch_size=64,
         max_text_length=26,
+        whole_captions=0.5,  # these captions are short, and asked for from their beginning
         fit=FitConfig(
             steps=steps,
             learning_rate=8e-4,

@@ -35,9 +35,9 @@ NUM_SCENES = 32_000
 STEPS_1, STEPS_2, EVERY = 300, 600, 100
 NUM_ASKED = 150
 NAMES = {
-    "with": "with stage 1",
+    "with": f"with stage 1, {STEPS_1} steps",
     "without": "without stage 1",
-    "built": "with the longer stage 1",
+    "built": "with stage 1 of the embedded checkpoints",
     **{o: f"without {o.upper()}" for o in OBJECTIVES},
 }
 
@@ -125,7 +125,7 @@ def report(folder: Path) -> None:
         (axes[0], "mean", "zero-shot answers, exact match"),
         (axes[1], "loss_lm", "caption loss"),
     ):
-        for arm, color in (("with", "#2563eb"), ("without", "#dc2626")):
+        for arm, color in (("with", "#2563eb"), ("without", "#dc2626"), ("built", "#16a34a")):
             runs = list(found[arm].values())
             steps = [point["step"] for point in runs[0]]
             values = np.array([[point[key] for point in run] for run in runs])
