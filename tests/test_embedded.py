@@ -15,7 +15,7 @@ from blip2.presets import EMBEDDED, PRESETS
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUESTION = "what color is the circle?"
 SCENES = {1: "green", 2: "yellow", 3: "blue", 5: "purple", 6: "cyan"}
-RIGHT = {"scenes-opt": 4, "scenes-flan-t5": 4}  # of SCENES, which are test scenes: nothing was tuned on them
+RIGHT = {"scenes-opt": 4, "scenes-flan-t5": 5}  # of SCENES, which are test scenes: nothing was tuned on them
 WRITERS = [name for name in EMBEDDED if PRESETS[name].kind == "generate"]
 
 

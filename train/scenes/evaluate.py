@@ -8,7 +8,8 @@
     speed       of an answer, in milliseconds
     another renderer's pictures, and pictures of another kind: train.scenes.svg, train.scenes.novelty
 
-All but these three is decoded greedily.
+All but these three is decoded greedily; of the captions that a model reads before it answers, all but the
+first are sampled.
 """
 
 from __future__ import annotations

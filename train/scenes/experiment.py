@@ -3,9 +3,9 @@
     python -m train.scenes.experiment run       what is not done yet; then writes docs/experiment.*
 
 Three seeds with stage 1 and three without (a Q-Former of random weights), equal steps of stage 2 on the same
-captions, and each of ITC, ITM and ITG left out of stage 1 once. Everything trains on cached features of one
-frozen encoder, with a budget fixed beforehand, about an hour of two cores. Questions are about validation
-scenes.
+captions; each of ITC, ITM and ITG left out of stage 1 once; and once the longer stage 1 of the embedded
+checkpoints. Everything trains on cached features of one frozen encoder, with a budget fixed beforehand, about
+an hour of two cores. Questions are about validation scenes.
 """
 
 from __future__ import annotations
