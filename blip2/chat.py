@@ -217,10 +217,10 @@ class Chat:
     ) -> Iterator[str]:
         device = image.image_embeds.device
         tokens = {name: value.to(device) for name, value in tokens.items()}
-        cache = self._pool.take(self._key)
+        cache, avoid = self._pool.take(self._key), self.processor.spellings(generation.avoid)
         ids: list[int] = []
         try:
-            for token in decode(self.model, image, tokens, generation, cache):
+            for token in decode(self.model, image, tokens, generation, cache, avoid):
                 ids.append(int(token[0]))
                 turn.num_tokens = len(ids)
                 text = self.processor.decode([ids])[0]

@@ -12,6 +12,16 @@ import torch
 CUDA_13_DRIVER = 580  # the first driver series that runs CUDA 13 builds; CUDA 12.6 builds run from 525 on
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory did not suffice, on any device; torch says so in several ways."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    )
+
+
 def choose_device(device: str | torch.device = "auto") -> torch.device:
     """Turn a wish into a device that is there.
 

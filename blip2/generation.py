@@ -16,6 +16,7 @@ from transformers import (
     EncoderDecoderCache,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -46,6 +47,7 @@ class Generation:
         length_penalty: for beam; below 0 favors short answers.
         repetition_penalty: above 1 discourages tokens already said.
         num_captions: how many answers a prompt gets; more than one needs nucleus, or as many beams.
+        avoid: words never said, in any case; nor longer words that start with their tokens.
         seed: makes nucleus repeatable.
     """
 
@@ -58,6 +60,7 @@ class Generation:
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
     num_captions: int = 1
+    avoid: tuple[str, ...] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -156,6 +159,7 @@ def decode(
     text: dict[str, Tensor],
     generation: Generation,
     cache: TextCache | None = None,
+    avoid: list[list[int]] | None = None,
 ) -> Iterator[Tensor]:
     """Greedy or nucleus decoding, a token a time, for one image or for as many as there are prompts.
 
@@ -166,6 +170,7 @@ def decode(
         generation: settings; `num_captions` repeats every row that often.
         cache: of the turns before, for one row and a decoder-only model; what it shares with the prompt is
             not read again, and it holds the new turn afterwards, also when the iterator is closed early.
+        avoid: tokens, or sequences of them, that are never said; see `Processor.spellings`.
 
     Yields:
         int (B * num_captions,), the next token of every row; rows that have ended give padding.
@@ -177,7 +182,7 @@ def decode(
     language, config = model.language_model, model.language_model.generation_config
     ends = torch.tensor(config.eos_token_id, device=ids.device).flatten()
     pad = config.pad_token_id if config.pad_token_id is not None else int(ends[0])
-    processors = _processors(generation, ends.tolist(), ids.device)
+    processors = _processors(generation, ends.tolist(), ids.device, avoid)
     generator = torch.Generator(ids.device)
     generator.seed() if generation.seed is None else generator.manual_seed(generation.seed)
 
@@ -220,11 +225,15 @@ def decode(
             state["decoder_input_ids"] = token[:, None]
 
 
-def _processors(generation: Generation, ends: list[int], device: Any) -> LogitsProcessorList:
+def _processors(
+    generation: Generation, ends: list[int], device: Any, avoid: list[list[int]] | None = None
+) -> LogitsProcessorList:
     """What changes the scores before a token is chosen, in the order transformers applies it."""
     processors = LogitsProcessorList()
     if generation.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(generation.repetition_penalty))
+    if avoid:
+        processors.append(NoBadWordsLogitsProcessor(avoid, ends))
     if generation.min_new_tokens:
         processors.append(
             MinNewTokensLengthLogitsProcessor(0, generation.min_new_tokens, ends, device=device)
@@ -265,12 +274,14 @@ def generate(
     device = image.image_embeds.device
     tokens = {**processor.text(prompts), **processor.question(questions or prompts)}
     tokens = {name: value.to(device) for name, value in tokens.items()}
+    avoid = processor.spellings(generation.avoid) or None
     if generation.method == "beam":
         criteria = StoppingCriteriaList([Stop(stop)])
-        new = model.generate(image=image, **tokens, **generation.options(), stopping_criteria=criteria)
+        options = generation.options() | {"bad_words_ids": avoid}
+        new = model.generate(image=image, **tokens, **options, stopping_criteria=criteria)
     else:
         steps = []
-        for token in decode(model, image, tokens, generation):
+        for token in decode(model, image, tokens, generation, avoid=avoid):
             steps.append(token)
             if stop.is_set():
                 break

@@ -6,7 +6,7 @@ put on here.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,6 +228,20 @@ class Processor:
         """Generated tokens (B, T) to text, without special tokens and surrounding space."""
         rows = ids.tolist() if isinstance(ids, torch.Tensor) else [list(row) for row in ids]
         return [text.strip() for text in self.tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+    def spellings(self, words: Iterable[str]) -> list[list[int]]:
+        """The token sequences that words are made of: as given, in lower case, capitalized, after a space.
+
+        Spellings with a token that stands for all unknown words are left out.
+        """
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            for spelling in (word, word.lower(), word.capitalize()):
+                for text in (spelling, f" {spelling}"):
+                    ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+                    if ids and self.tokenizer.unk_token_id not in ids:
+                        found[ids] = None
+        return [list(ids) for ids in found]
 
     def unknown_words(self, text: str) -> list[str]:
         """Words that the tokenizer has no token for; only small word-level vocabularies lack any."""

@@ -1,5 +1,6 @@
 """The command line: what goes to stdout, what to stderr, and exit codes; every bad input is one sentence."""
 
+import csv
 import io
 import json
 import os
@@ -551,8 +552,11 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize("command", ["caption", "chat"])
-@pytest.mark.parametrize("picture", PICTURES)
+@pytest.mark.parametrize(
+    ("picture", "command"),
+    [(picture, "chat") for picture in PICTURES]
+    + [(picture, "caption") for picture in PICTURES if picture != "."],
+)
 def test_bad_picture(blip2_, picture, command):
     """Noticed before a model is loaded: this one does not exist."""
     write_bad_pictures()
@@ -727,3 +731,85 @@ def test_real_process_says_nothing_but_the_result(folder):
     command = [sys.executable, "-m", "blip2", "ask", "a.png", "what color?", "--model", "t5", "--json"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, cwd=folder)
     assert (done.returncode, done.stderr) == (0, "") and json.loads(done.stdout)["answers"]
+
+
+# --- folders ---
+
+
+@pytest.fixture
+def album(folder):
+    """A folder of three pictures and a broken one."""
+    (folder / "album").mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        shutil.copy(folder / name, folder / "album" / name)
+    (folder / "album" / "d.jpg").write_text("<html>")
+    return folder / "album"
+
+
+def test_a_folder_is_captioned_and_gone_on_with(blip2_, album):
+    code, out, err = blip2_("caption", album, "--model", "t5")
+    texts = {path.stem: path.read_text("utf-8") for path in album.glob("*.txt")}
+    assert code == 1 and set(texts) == {"a", "b", "c"}
+    assert out == "".join(f"{name}.png: {text}" for name, text in sorted(texts.items()))
+    assert "web page" in err and "3 captioned, 0 had a caption, 1 failed" in err
+    (album / "d.jpg").unlink()
+    (album / "b.txt").unlink()
+    (album / "a.txt").write_text("mine\n")
+    code, out, err = blip2_("caption", album, "--model", "t5")
+    assert code == 0 and "1 captioned, 2 had a caption" in err
+    assert (album / "a.txt").read_text() == "mine\n" and (album / "b.txt").read_text() == texts["b"]
+    code, out, err = blip2_("caption", album, "--model", "none-such")
+    assert (code, out) == (0, "") and "all 3 pictures have a caption" in err
+
+
+def test_a_folder_into_a_table(blip2_, album):
+    table = album.parent / "captions.csv"
+    words = ("caption", album, "--model", "opt", "--to", table, "--ask", "how many?", "--match-model")
+    code, out, _ = blip2_(*words, "retrieval", "--json")
+    document = json.loads(out)
+    assert code == 1 and [result["image"] for result in document["results"]][-1] == "d.jpg"
+    assert "web page" in document["results"][-1]["reason"] and document["to"] == str(table)
+    rows = list(csv.DictReader(table.open()))
+    assert [row["match"] for row in rows] == sorted(row["match"] for row in rows) and len(rows) == 3
+    shown = {result["image"]: result for result in document["results"][:3]}
+    for row in rows:
+        assert shown[row["image"]]["captions"] == [row["caption"]]
+        assert shown[row["image"]]["answers"]["how many?"] == row["how many?"]
+
+
+def test_a_preview_writes_nothing(blip2_, album):
+    before = sorted(album.iterdir())
+    code, out, _ = blip2_("caption", album, "--model", "t5", "--preview", "--to", "captions.jsonl")
+    assert code == 1 and out.count(".png: ") == 3
+    assert sorted(album.iterdir()) == before and not (album.parent / "captions.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["album", "a.png"], "give one folder"),
+        (["album", "--to", "captions.txt"], "it must be one of .txt, .caption"),
+        (["album", "--batch-size", "0"], "must be 1 or more"),
+        (["album", "--ask", " "], "--ask is empty"),
+        (["album", "--prompt", "a", "--start-with", "b"], "give one of them"),
+        (["a.png", "--recursive"], "--recursive is for a folder"),
+        (["a.png", "--to", ".txt"], "--to is for a folder"),
+    ],
+)
+def test_flags_of_folders_that_cannot_work(blip2_, album, words, said):
+    code, out, err = blip2_("caption", *words, "--model", "opt")
+    assert (code, out) == (2, "") and said in err
+    assert not list(album.glob("*.txt"))
+
+
+def test_a_folder_needs_a_model_that_knows_photographs(blip2_, embedded, album):
+    code, _, err = blip2_("caption", album)
+    assert code == 2 and "--model" in err and not list(album.glob("*.txt"))
+
+
+def test_a_start_is_repeated(blip2_):
+    _, plain, _ = blip2_("caption", "a.png", "--model", "t5", "--prompt", "a photo of")
+    code, out, _ = blip2_(
+        "caption", "a.png", "--model", "t5", "--start-with", "a photo of", "--prefix", "(", "--suffix", ")"
+    )
+    assert (code, out) == (0, f"(a photo of {plain.strip()})\n")

@@ -18,8 +18,6 @@ from blip2.cli.console import Console, UsageError
 
 __all__ = ["main"]
 
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
@@ -54,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_expected(error: BaseException) -> bool:
     """Whether the message alone tells a user what to do; other runtime errors are ours to see in full."""
-    if isinstance(error, RuntimeError):
-        return any(words in str(error) for words in OUT_OF_MEMORY)
-    return True
+    from blip2.devices import is_out_of_memory
+
+    return not isinstance(error, RuntimeError) or is_out_of_memory(error)
 
 
 def _explain(error: BaseException) -> str:

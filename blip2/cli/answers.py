@@ -1,6 +1,7 @@
 """`caption`, `ask`, `match` and `compare`: pictures in, words out."""
 
 import argparse
+import os
 import time
 from typing import Any
 
@@ -8,8 +9,10 @@ from PIL import Image
 
 from blip2.chat import Chat
 from blip2.checkpoint import Loaded
+from blip2.cli import folder
 from blip2.cli.console import Console, UsageError, table
 from blip2.cli.models import (
+    about,
     check_model,
     default_model,
     encode,
@@ -21,7 +24,6 @@ from blip2.generation import Generation, describe, generate, num_descriptions
 from blip2.images import ImageError, open_image
 from blip2.model import Blip2
 from blip2.novelty import UnknownPictureError
-from blip2.presets import PRESETS
 from blip2.processing import PromptError
 from blip2.representation import Blip2Representation
 from blip2.vision import ImageFeatures
@@ -36,15 +38,17 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def caption(args: argparse.Namespace, console: Console) -> int:
     """Captions for one or more pictures; one that cannot be read does not keep the others from theirs."""
     settings = generation(args, Generation.caption())
+    if args.start_with is not None and args.prompt is not None:
+        raise UsageError("--start-with is --prompt repeated in the output: give one of them")
+    if any(os.path.isdir(source) for source in args.images):  # not Path: it takes "" for "."
+        return folder.run(args, settings, console)
+    folder.refuse_flags(args)
     several = len(args.images) > 1
     name = args.model or default_model("generate", console, len(args.images))
     only = None if several else open_image(args.images[0], allow_url=True)  # fails before a model is loaded
     loaded = load_model(name, "generate", args, console)
-    prompt = args.prompt
-    if prompt is None:
-        prompt = PRESETS[loaded.name].prompt if loaded.name in PRESETS else ""
-    prompt = loaded.processor.prompt(prompt, "caption")
-    note_unknown_words(loaded.processor, prompt, loaded.name, console)
+    wanted = folder.captioning(args, settings, loaded)
+    note_unknown_words(loaded.processor, wanted.prompt, loaded.name, console)
 
     results: list[dict[str, Any]] = []
     for source in console.progress(args.images, "image"):
@@ -55,12 +59,12 @@ def caption(args: argparse.Namespace, console: Console) -> int:
             console.error(str(error))
             results.append({"image": source, "error": str(error), **getattr(error, "facts", {})})
             continue
-        captions = _generate(loaded, features, prompt, settings)
+        captions = wanted.worded(_generate(loaded, features, wanted.prompt, settings))
         results.append({"image": source, "captions": captions})
         if not console.json:
             console.show({}, [f"{source}: {text}" if several else text for text in captions])
     if console.json:
-        console.show(_about(loaded, settings) | {"prompt": prompt, "results": results}, ())
+        console.show(about(loaded, settings) | {"prompt": wanted.prompt, "results": results}, ())
     return int(any("error" in result for result in results))
 
 
@@ -82,7 +86,7 @@ def ask(args: argparse.Namespace, console: Console) -> int:
     if not any(answers):
         console.note("the model answered with nothing")
     document = {"image": args.image, "question": args.question, "prompt": prompt, "answers": answers}
-    console.show(_about(loaded, settings) | document, answers)
+    console.show(about(loaded, settings) | document, answers)
     return 0
 
 
@@ -104,7 +108,7 @@ def match(args: argparse.Namespace, console: Console) -> int:
     ]
     rows.sort(key=lambda row: row["match"], reverse=True)
     lines = [(f"{row['match']:.3f}", f"{row['cosine']:.3f}", row["text"]) for row in rows]
-    document = {**_about(loaded), "image": args.image, "texts": rows}
+    document = {**about(loaded), "image": args.image, "texts": rows}
     console.show(document, table(("match", "cosine", "text"), lines))
     return 0
 
@@ -151,7 +155,7 @@ def _compare_one(
     seconds = time.perf_counter() - start
     turn = chat.turns[-1]
     return {
-        **_about(loaded, settings),
+        **about(loaded, settings),
         "prompt": turn.prompt,
         "answer": answer,
         "tokens": turn.num_tokens,
@@ -178,17 +182,3 @@ def _generate(loaded: Loaded, image: ImageFeatures, prompt: str, settings: Gener
     assert isinstance(loaded.model, Blip2)
     [texts] = generate(loaded.model, loaded.processor, image, prompt, settings)
     return texts
-
-
-def _about(loaded: Loaded, settings: Generation | None = None) -> dict[str, Any]:
-    """What a JSON reader should know about how the result came about."""
-    about: dict[str, Any] = {
-        "model": loaded.name,
-        "precision": loaded.precision,
-        "device": str(loaded.device),
-    }
-    if settings is not None:
-        about["method"] = settings.method
-        if settings.method == "nucleus":
-            about["seed"] = settings.seed
-    return about

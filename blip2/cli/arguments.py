@@ -36,15 +36,19 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--debug", action="store_true", help="show the libraries' notices and tracebacks")
         return sub
 
-    caption = command("caption", "answers", "describe one or more pictures")
-    caption.add_argument("images", nargs="+", metavar="IMAGE", help="a file or an http(s) URL")
+    caption = command("caption", "answers", "describe one or more pictures, or a folder of them")
+    caption.add_argument("images", nargs="+", metavar="IMAGE", help="a file, an http(s) URL, or one folder")
     caption.add_argument(
         "--prompt",
         metavar="TEXT",
         help='words that the caption goes on from, such as "a photo of"; not repeated in the output',
     )
+    caption.add_argument("--start-with", metavar="TEXT", help="the same, and repeated in the output")
+    caption.add_argument("--prefix", default="", metavar="TEXT", help="put before each caption")
+    caption.add_argument("--suffix", default="", metavar="TEXT", help="put after each caption")
     _add_decoding(caption, "beam, up to 30 tokens")
     caption.add_argument("--num-captions", type=int, metavar="N", help="captions a picture (default 1)")
+    _add_folder(caption)
     _add_model(caption)
 
     ask = command("ask", "answers", "answer a question about a picture")
@@ -87,6 +91,36 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "a folder of pictures", "each caption is on the disk at once; the same command goes on after a stop"
+    )
+    group.add_argument("--recursive", "-r", action="store_true", help="the folders in it, too")
+    group.add_argument(
+        "--to",
+        metavar="WHERE",
+        help=".txt (default) or .caption: a text beside each picture; or a table: a .csv or .jsonl file",
+    )
+    group.add_argument(
+        "--if-exists",
+        choices=("skip", "overwrite", "append"),
+        help="what to do about pictures that have a caption there (skip)",
+    )
+    group.add_argument(
+        "--ask", action="append", metavar="QUESTION", help="ask this of each picture, too; may be repeated"
+    )
+    group.add_argument(
+        "--match-model", metavar="MODEL", help="score each caption with it (ITM); a table has the worst first"
+    )
+    group.add_argument("--preview", action="store_true", help="show the first five, and write nothing")
+    group.add_argument("--batch-size", type=int, metavar="N", help="pictures at once (8)")
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Words between commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", "-m", metavar="MODEL", help="a name, a folder, or a Hub id")
@@ -125,6 +159,7 @@ def _add_decoding(parser: argparse.ArgumentParser, default: str) -> None:
     group.add_argument("--min-new-tokens", type=int, metavar="N")
     group.add_argument("--length-penalty", type=float, metavar="X", help="beam: below 0 for short answers")
     group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 for less repetition")
+    group.add_argument("--avoid", type=words, metavar="WORDS", help='never said, such as "photo,picture"')
     group.add_argument("--temperature", type=float, metavar="X", help="nucleus: above 0 (1)")
     group.add_argument("--top-p", type=float, metavar="P", help="nucleus: above 0, at most 1 (0.9)")
     group.add_argument("--seed", type=int, metavar="N", help="nucleus: makes it repeatable")

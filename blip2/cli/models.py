@@ -30,6 +30,7 @@ FIELDS = (
     "min_new_tokens",
     "length_penalty",
     "repetition_penalty",
+    "avoid",
     "temperature",
     "top_p",
     "seed",
@@ -171,3 +172,17 @@ def note_unknown_words(processor: Processor, text: str, name: str, console: Cons
     words = list(dict.fromkeys(processor.unknown_words(text)))
     if words:
         console.note(f"words that {name} does not know: {', '.join(words)}")
+
+
+def about(loaded: Loaded, settings: Generation | None = None) -> dict[str, Any]:
+    """What a JSON reader should know about how the result came about."""
+    facts: dict[str, Any] = {
+        "model": loaded.name,
+        "precision": loaded.precision,
+        "device": str(loaded.device),
+    }
+    if settings is not None:
+        facts["method"] = settings.method
+        if settings.method == "nucleus":
+            facts["seed"] = settings.seed
+    return facts

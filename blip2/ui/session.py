@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from blip2.chat import Chat
 from blip2.checkpoint import Loaded
+from blip2.devices import is_out_of_memory
 from blip2.images import ImageError, open_image
 from blip2.processing import PromptError, Style
 from blip2.vision import ImageFeatures
@@ -28,7 +27,7 @@ EXPECTED = (ValueError, RuntimeError, OSError, MemoryError)
 
 def friendly(error: BaseException) -> str:
     """One sentence for the visitor; details of what is not their doing go to the log alone."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if is_out_of_memory(error):
         return (
             "The model ran out of memory: ask for fewer beams, captions or tokens, or choose a smaller model."
         )

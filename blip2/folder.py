@@ -1,0 +1,240 @@
+"""Caption every picture of a folder: into text files beside the pictures, or into one table.
+
+    pictures = find_pictures(folder)
+    with Sidecars(folder) as out:               # or Table(folder / "captions.csv")
+        for result in caption_folder(loaded, folder, out.missing(pictures), out, Captioning()): ...
+
+What is done is on the disk before the next picture begins, whole, so that a stop at any moment loses at most
+the pictures under way, and the same call goes on from there.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blip2.checkpoint import Loaded
+from blip2.devices import is_out_of_memory
+from blip2.generation import Generation, describe, generate, num_descriptions
+from blip2.images import ImageError, open_image
+from blip2.model import Blip2
+from blip2.novelty import UnknownPictureError
+from blip2.representation import Blip2Representation
+from blip2.sidecars import Entry, FolderError, Sidecars, Table
+from blip2.vision import ImageFeatures
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A picture that got no caption, and why."""
+
+    image: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Captioning:
+    """What is wanted of every picture.
+
+    Attributes:
+        generation: settings of the captions.
+        prompt: what captions go on from.
+        keep_prompt: whether they begin with it.
+        prefix: put before every caption as it is.
+        suffix: put after it.
+        questions: asked of every picture, too.
+        answers: settings of the answers.
+        style: frame of the questions; by default the model's own.
+        batch_size: pictures at once; halved where memory does not suffice.
+        force: caption pictures of a kind that the model does not know, too.
+    """
+
+    generation: Generation = field(default_factory=Generation.caption)
+    prompt: str = ""
+    keep_prompt: bool = False
+    prefix: str = ""
+    suffix: str = ""
+    questions: tuple[str, ...] = ()
+    answers: Generation = field(default_factory=Generation.answer)
+    style: Any = None
+    batch_size: int = 8
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse an impossible batch size."""
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; it must be 1 or more")
+
+    def worded(self, texts: Iterable[str]) -> list[str]:
+        """Captions from what a model said after the prompt."""
+        begun = f"{self.prompt} " if self.keep_prompt and self.prompt else ""
+        return [f"{self.prefix}{begun}{text}{self.suffix}" for text in texts]
+
+
+def find_pictures(folder: str | Path, recursive: bool = False) -> list[str]:
+    """Paths within `folder` of the pictures there, sorted, with forward slashes; hidden ones are left out.
+
+    Args:
+        folder: where to look.
+        recursive: in its folders, too; links to folders are not followed.
+
+    Raises:
+        FolderError: no such folder, or no picture in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FolderError(f"{folder} is not a folder")
+    found, deeper = [], 0
+    for root, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        names = [name for name in files if name.lower().endswith(ENDINGS) and not name.startswith(".")]
+        if Path(root) == folder or recursive:
+            found += [(Path(root) / name).relative_to(folder).as_posix() for name in names]
+        else:
+            deeper += len(names)
+    if not found:
+        hint = f"; its folders hold {deeper}, which --recursive takes in" if deeper else ""
+        raise FolderError(f"{folder} has no pictures ({', '.join(ENDINGS)}){hint}")
+    return sorted(found, key=lambda name: (name.lower(), name))
+
+
+def caption_folder(
+    loaded: Loaded,
+    folder: str | Path,
+    pictures: Sequence[str],
+    out: Sidecars | Table | None,
+    wanted: Captioning,
+    scorer: Loaded | None = None,
+) -> Iterator[Entry | Failure]:
+    """Caption pictures, a batch at a time, while the next batch is read.
+
+    Args:
+        loaded: a stage-2 checkpoint.
+        folder: of the pictures.
+        pictures: paths within it.
+        out: where every entry goes before it is yielded; None for a preview.
+        wanted: of each.
+        scorer: a checkpoint with an ITM head, for a match score of every caption.
+
+    Yields:
+        An entry or a failure for every picture, in order.
+    """
+    batches = [
+        pictures[start : start + wanted.batch_size] for start in range(0, len(pictures), wanted.batch_size)
+    ]
+
+    def read(batch: Sequence[str]) -> list[_Picture]:
+        return [_read(Path(folder), image, loaded, scorer) for image in batch]
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(read, batch) for batch in batches[:1]]
+        for index in range(len(batches)):
+            batch = ahead.pop().result()
+            ahead = [pool.submit(read, following) for following in batches[index + 1 : index + 2]]
+            done = iter(_caption(loaded, [one for one in batch if not one.reason], wanted, scorer))
+            for one in batch:
+                result = Failure(one.image, one.reason) if one.reason else next(done)
+                if isinstance(result, Entry) and out is not None:
+                    out.write(result)
+                yield result
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture as the models take it, float (1, 3, S, S) each, or why it cannot be used."""
+
+    image: str
+    pixel_values: Tensor | None = None
+    scored: Tensor | None = None
+    reason: str = ""
+
+
+def _read(folder: Path, image: str, loaded: Loaded, scorer: Loaded | None) -> _Picture:
+    try:
+        opened = open_image(folder / image)
+    except ImageError as error:
+        return _Picture(image, reason=str(error))
+    scored = None if scorer is None else scorer.processor.images(opened)
+    return _Picture(image, loaded.processor.images(opened), scored)
+
+
+@torch.no_grad()
+def _caption(
+    loaded: Loaded, batch: list[_Picture], wanted: Captioning, scorer: Loaded | None
+) -> list[Entry | Failure]:
+    """Caption the pictures of a batch; in two halves where memory does not suffice."""
+    if not batch:
+        return []
+    try:
+        features = _encode(loaded, [one.pixel_values for one in batch])
+        reasons = [_unknown(loaded, features[row]) for row in range(len(batch))]
+        rows = [row for row, reason in enumerate(reasons) if wanted.force or not reason]
+        entries = dict(
+            zip(
+                rows,
+                _entries(loaded, [batch[row] for row in rows], features[rows], wanted, scorer),
+                strict=True,
+            )
+        )
+    except (MemoryError, RuntimeError) as error:
+        if len(batch) == 1 or not is_out_of_memory(error):
+            raise
+        half = len(batch) // 2
+        first = _caption(loaded, batch[:half], wanted, scorer)
+        return first + _caption(loaded, batch[half:], wanted, scorer)
+    return [entries.get(row) or Failure(one.image, reasons[row]) for row, one in enumerate(batch)]
+
+
+def _unknown(loaded: Loaded, image: ImageFeatures) -> str:
+    try:
+        loaded.check_known(image)
+    except UnknownPictureError as error:
+        return str(error)
+    return ""
+
+
+def _encode(loaded: Loaded, pixel_values: Iterable[Tensor | None]) -> ImageFeatures:
+    stacked = torch.cat([one for one in pixel_values if one is not None])
+    return loaded.model.encode_image(stacked.to(loaded.device))
+
+
+def _entries(
+    loaded: Loaded, batch: list[_Picture], features: ImageFeatures, wanted: Captioning, scorer: Loaded | None
+) -> list[Entry]:
+    model, processor = loaded.model, loaded.processor
+    assert isinstance(model, Blip2)
+    if not batch:
+        return []
+    prompt = processor.prompt(wanted.prompt, "caption")
+    captions = list(map(wanted.worded, generate(model, processor, features, prompt, wanted.generation)))
+    answers: list[dict[str, str]] = [{} for _ in batch]
+    if wanted.questions:
+        style = wanted.style or processor.question_style
+        count = 0 if style == "raw" else num_descriptions(model)
+        described = describe(model, processor, features, count)
+        for question in wanted.questions:
+            prompts = [processor.prompt(question, style, description=text) for text in described]
+            replies = generate(
+                model, processor, features, prompts, wanted.answers, questions=[question] * len(batch)
+            )
+            for found, texts in zip(answers, replies, strict=True):
+                found[question] = texts[0]
+    match: list[tuple[float, ...]] = [()] * len(batch)
+    if scorer is not None:
+        assert isinstance(scorer.model, Blip2Representation)
+        seen = _encode(scorer, [one.scored for one in batch])
+        for row, texts in enumerate(captions):
+            tokens = scorer.processor.text(texts)
+            ids, mask = (tokens[name].to(scorer.device) for name in ("input_ids", "attention_mask"))
+            match[row] = tuple(scorer.model.score(seen[row], ids, mask)[0].tolist())
+    return [
+        Entry(one.image, tuple(texts), scores, found)
+        for one, texts, scores, found in zip(batch, captions, match, answers, strict=True)
+    ]
