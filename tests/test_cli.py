@@ -813,3 +813,44 @@ def test_a_start_is_repeated(blip2_):
         "caption", "a.png", "--model", "t5", "--start-with", "a photo of", "--prefix", "(", "--suffix", ")"
     )
     assert (code, out) == (0, f"(a photo of {plain.strip()})\n")
+
+
+# --- explain ---
+
+
+def test_explain_prints_probabilities_and_writes_a_map(blip2_, models):
+    words = (
+        "explain",
+        "a.png",
+        "how many?",
+        "--model",
+        "t5",
+        "--min-new-tokens",
+        "3",
+        "--max-new-tokens",
+        "4",
+    )
+    for kind in ("occlusion", "attention"):
+        code, out, err = blip2_(*words, "--out", f"{kind}.png", "--map", kind, "--grid", "3", "--json")
+        document = json.loads(out)
+        assert code == 0, err
+        chances = [token["probability"] for token in document["tokens"]]
+        assert chances and all(0 < chance <= 1 for chance in chances)
+        assert Image.open(f"{kind}.png").size == (40, 30)
+    code, out, _ = blip2_(*words)
+    assert code == 0 and out.splitlines()[0] == document["answer"] and "probability" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--out", "map.jpg"], "give a .png file"),
+        (["--out", "map.png", "--grid", "0"], "grid is 0"),
+        (["--out", "map.png", "--map", "attention", "--layer", "7"], "layer is 7"),
+        (["--out", "map.png", "--map", "attention", "--query", "-1"], "query is -1"),
+    ],
+)
+def test_explain_refuses(blip2_, folder, words, said):
+    more = ("--model", "t5", "--min-new-tokens", "3", "--max-new-tokens", "4")
+    code, out, err = blip2_("explain", "a.png", "how many?", *more, *words)
+    assert (code, out) == (2, "") and said in err and not (folder / "map.png").exists()

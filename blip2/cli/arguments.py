@@ -78,6 +78,23 @@ def build_parser() -> argparse.ArgumentParser:
     _add_decoding(compare, "beam, up to 10 tokens, length penalty -1")
     _add_machine(compare)
 
+    explain = command("explain", "explain", "answer, and say how sure each word is and which parts matter")
+    explain.add_argument("image", metavar="IMAGE", help="a file or an http(s) URL")
+    explain.add_argument("question", metavar="QUESTION")
+    explain.add_argument("--out", metavar="PNG", help="write the picture under a map")
+    explain.add_argument(
+        "--map",
+        choices=("occlusion", "attention"),
+        default="occlusion",
+        help="occlusion: where hiding a part makes the answer less likely; attention: where queries read",
+    )
+    explain.add_argument("--grid", type=int, default=8, metavar="N", help="occlusion: parts a side (8)")
+    explain.add_argument("--layer", type=int, metavar="N", help="attention: of the cross-attentions (last)")
+    explain.add_argument("--query", type=int, metavar="N", help="attention: of one query (mean of all)")
+    _add_style(explain)
+    _add_decoding(explain, "greedy, up to 30 tokens")
+    _add_model(explain)
+
     convert = command("convert", "checkpoints", "turn a LAVIS .pth file into a folder that loads here")
     convert.add_argument("pth", metavar="PTH", help="the LAVIS checkpoint")
     convert.add_argument("folder", metavar="FOLDER", help="where to write: a new folder")
