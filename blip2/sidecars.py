@@ -87,7 +87,7 @@ class Sidecars:
         if self.if_exists == "append" and path.exists():
             before = path.read_text("utf-8-sig", errors="surrogateescape")
             text = before + "\n" * (not before.endswith("\n") and bool(before)) + text
-        _replace(path, text)
+        replace_text(path, text)
 
 
 class Table:
@@ -147,7 +147,7 @@ class Table:
         else:
             entries.sort(key=lambda entry: (entry.image.lower(), entry.image))
         head = [] if self.path.suffix == ".jsonl" else [["image", "caption", "match", *self.questions]]
-        _replace(self.path, _csv(head) + self._lines(entries))
+        replace_text(self.path, _csv(head) + self._lines(entries))
 
     def _lines(self, entries: Iterable[Entry]) -> str:
         if self.path.suffix == ".jsonl":
@@ -198,7 +198,7 @@ def _from_json(line: str) -> Entry:
     return Entry(value["image"], tuple(value["captions"]), tuple(value["match"]), dict(value["answers"]))
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
     """Write a file so that either the old one or the new one is there, whole."""
     partial = path.with_name(f".{path.name}.part")
     try:

@@ -26,7 +26,7 @@ import blip2.chat
 import blip2.convert
 import blip2.images
 import blip2.presets
-from blip2 import generation
+from blip2 import generation, report
 from blip2.checkpoint import load, save
 from blip2.cli import main
 from blip2.cli.arguments import PRECISIONS
@@ -216,7 +216,7 @@ def test_match_scores_and_order(blip2_, models):
 def test_compare_frames_each_and_decodes_once(blip2_, monkeypatch):
     opened = []
     monkeypatch.setattr(
-        "blip2.cli.answers.open_image", lambda *a, **k: opened.append(a) or blip2.images.open_image(*a, **k)
+        "blip2.cli.compare.open_image", lambda *a, **k: opened.append(a) or blip2.images.open_image(*a, **k)
     )
     words = ("compare", "a.png", "what color?", "--models", "opt", "t5")
     code, out, err = blip2_(*words, "--json")
@@ -854,3 +854,82 @@ def test_explain_refuses(blip2_, folder, words, said):
     more = ("--model", "t5", "--min-new-tokens", "3", "--max-new-tokens", "4")
     code, out, err = blip2_("explain", "a.png", "how many?", *more, *words)
     assert (code, out) == (2, "") and said in err and not (folder / "map.png").exists()
+
+
+# --- compare, a whole file ---
+
+
+@pytest.fixture
+def questions(folder):
+    """A list of three questions, one about a picture that is not there, one with markup in it."""
+    rows = [
+        ("a.png", "what color?", "red"),
+        ("gone.png", "how many?", ""),
+        ("b.png", "<b>what</b> & why?", "x"),
+    ]
+    with (folder / "list.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("image", "question", "reference"), *rows])
+    return folder / "list.csv"
+
+
+def test_compare_makes_a_report_and_goes_on(blip2_, folder, questions, monkeypatch):
+    words = ("compare", "--input", questions, "--out", "report.html", "--models", "opt", "t5", "--json")
+    code, out, err = blip2_(*words)
+    document = json.loads(out)
+    assert code == 1 and "gone.png" in err
+    answers = document["answers"]
+    assert [answer["model"] for answer in answers] == ["opt"] * 3 + ["t5"] * 3
+    for answer in answers:
+        alone = answer["image"], answer["question"], "--models", "opt", "t5", "--json"
+        assert bool(answer["error"]) == answer["image"].endswith("gone.png")
+        if not answer["error"]:
+            results = json.loads(blip2_("compare", *alone)[1])["results"]
+            [one] = [result for result in results if result["model"] == answer["model"]]
+            assert (one["answer"], one["prompt"]) == (answer["answer"], answer["prompt"])
+    page = (folder / "report.html").read_text("utf-8")
+    assert page.count("<article") == 3 and page.count("data:image/jpeg") == 2
+    assert "&lt;b&gt;what&lt;/b&gt; &amp; why?" in page and "<b>" not in page and "http" not in page
+    assert document["figures"]["opt"]["answers"] == 2 and 0 <= document["figures"]["t5"]["right"] <= 1
+
+    lines = (folder / "report.jsonl").read_text("utf-8").splitlines()
+    (folder / "report.jsonl").write_text("\n".join(lines[:4]) + '\n{"model": "t5", "cut o', "utf-8")
+    asked = []
+    whole = blip2.chat.Chat.ask
+    monkeypatch.setattr(
+        blip2.chat.Chat, "ask", lambda chat, *words: asked.append(words[0]) or whole(chat, *words)
+    )
+    shutil.copy(folder / "a.png", folder / "gone.png")
+    code, out, _ = blip2_(*words)
+    assert code == 0 and asked == [
+        "how many?",
+        "how many?",
+        "<b>what</b> & why?",
+    ]  # failures, and what was left
+    again = json.loads(out)["answers"]
+    assert [one["answer"] for one in again if "gone" not in one["image"]] == [
+        one["answer"] for one in answers if "gone" not in one["image"]
+    ]
+    asked.clear()
+    assert blip2_(*words, "--max-new-tokens", "3")[0] == 0 and len(asked) == 6  # asked otherwise
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "said"),
+    [
+        ("image,question\na.png,what?\n", ["--out", "x.txt"], "give a .html file"),
+        ("image,question\na.png,what?\n", ["--out", "no/x.html"], "there is no folder no"),
+        ("image,question\na.png,what?\n", [], "--input and --out go together"),
+        ("image,question\na.png,what?\n", ["--out", "x.html", "a.png"], "not both"),
+        ("file,text\na.png,what?\n", ["--out", "x.html"], "no image and no question in line 2"),
+        ("image,question\n", ["--out", "x.html"], "has no rows"),
+        ("image,question\n\xff,what?\n", ["--out", "x.html"], "not a CSV in UTF-8"),
+    ],
+)
+def test_lists_that_cannot_be_compared(blip2_, folder, content, words, said):
+    (folder / "list.csv").write_text(content, "latin-1")
+    code, out, err = blip2_("compare", *words[2:], "--models", "opt", "t5", "--input", "list.csv", *words[:2])
+    assert code in (1, 2) and out == "" and said in err and not (folder / "x.html").exists()
+
+
+def test_answers_are_the_same_but_for_form():
+    assert report.same("A red Circle.", "red circle") and not report.same("red", "reddish")

@@ -31,7 +31,7 @@ LAYERS = [
         "presets",
     },
     {"generation", "chat", "explain"},
-    {"bulk", "server", "folder", "sidecars"},
+    {"bulk", "server", "folder", "report", "sidecars"},
     {"cli", "ui", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,19 +1,15 @@
-"""`caption`, `ask`, `match` and `compare`: pictures in, words out."""
+"""`caption`, `ask` and `match`: pictures in, words out."""
 
 import argparse
 import os
-import time
 from typing import Any
 
-from PIL import Image
-
-from blip2.chat import Chat
 from blip2.checkpoint import Loaded
 from blip2.cli import folder
 from blip2.cli.console import Console, UsageError, table
 from blip2.cli.models import (
     about,
-    check_model,
+    check_question,
     default_model,
     encode,
     generation,
@@ -31,7 +27,7 @@ from blip2.vision import ImageFeatures
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Run one of these commands; returns the exit code."""
-    commands = {"caption": caption, "ask": ask, "match": match, "compare": compare}
+    commands = {"caption": caption, "ask": ask, "match": match}
     return commands[args.command](args, console)
 
 
@@ -71,7 +67,7 @@ def caption(args: argparse.Namespace, console: Console) -> int:
 def ask(args: argparse.Namespace, console: Console) -> int:
     """An answer about one picture."""
     settings = generation(args, Generation.answer())
-    _check_question(args)
+    check_question(args)
     name = args.model or default_model("generate", console)
     image = open_image(args.image, allow_url=True)
     loaded = load_model(name, "generate", args, console)
@@ -111,71 +107,6 @@ def match(args: argparse.Namespace, console: Console) -> int:
     document = {**about(loaded), "image": args.image, "texts": rows}
     console.show(document, table(("match", "cosine", "text"), lines))
     return 0
-
-
-def compare(args: argparse.Namespace, console: Console) -> int:
-    """One question about one picture to several models, each in its own frame, one loaded at a time."""
-    if len(args.models) < 2:
-        raise UsageError(f"compare needs two or more models after --models, not only {args.models[0]}")
-    settings = generation(args, Generation.answer())
-    _check_question(args)
-    for name in args.models:
-        check_model(name, "generate", console)
-    image = open_image(args.image, allow_url=True)
-    results: list[dict[str, Any]] = []
-    for name in console.progress(args.models, "model"):
-        try:
-            result = _compare_one(name, image, settings, args, console)
-        except UnknownPictureError as error:
-            console.error(str(error))
-            result = {"model": name, "error": str(error), **error.facts}
-        except ValueError as error:  # one that is missing or broken does not keep the others from answering
-            console.error(f"{name}: {error}")
-            result = {"model": name, "error": str(error)}
-        results.append(result)
-        if not console.json and "error" not in result:
-            console.show({}, _paragraph(result))
-    if console.json:
-        console.show({"image": args.image, "question": args.question, "results": results}, ())
-    return int(any("error" in result for result in results))
-
-
-def _compare_one(
-    name: str, image: Image.Image, settings: Generation, args: argparse.Namespace, console: Console
-) -> dict[str, Any]:
-    """Load one model and ask it; what is returned holds no reference to it."""
-    loaded = load_model(name, "generate", args, console)
-    assert isinstance(loaded.model, Blip2)
-    start = time.perf_counter()
-    features = encode(loaded, image, args.image, args)
-    note_unknown_words(loaded.processor, args.question, loaded.name, console)
-    chat = Chat(loaded.model, loaded.processor, style=args.style, describe=args.describe)
-    chat.set_image(features)
-    answer = chat.ask(args.question, settings)
-    seconds = time.perf_counter() - start
-    turn = chat.turns[-1]
-    return {
-        **about(loaded, settings),
-        "prompt": turn.prompt,
-        "answer": answer,
-        "tokens": turn.num_tokens,
-        "seconds": round(seconds, 3),
-    }
-
-
-def _paragraph(result: dict[str, Any]) -> list[str]:
-    tokens = "1 token" if result["tokens"] == 1 else f"{result['tokens']} tokens"
-    return [
-        f"{result['model']} ({result['precision']}, {result['device']}), {tokens}, {result['seconds']:.2f} s",
-        f"  prompt: {result['prompt']}",
-        f"  answer: {result['answer']}",
-    ]
-
-
-def _check_question(args: argparse.Namespace) -> None:
-    """Notice an empty question before a model is loaded for it."""
-    if args.style != "raw" and not args.question.strip():
-        raise PromptError("the question is empty: ask something about the picture")
 
 
 def _generate(loaded: Loaded, image: ImageFeatures, prompt: str, settings: Generation) -> list[str]:

@@ -70,10 +70,18 @@ def build_parser() -> argparse.ArgumentParser:
     match.add_argument("texts", nargs="+", metavar="TEXT")
     _add_model(match)
 
-    compare = command("compare", "answers", "put one question about one picture to several models")
-    compare.add_argument("image", metavar="IMAGE", help="a file or an http(s) URL")
-    compare.add_argument("question", metavar="QUESTION")
+    compare = command("compare", "compare", "put questions about pictures to several models")
+    compare.add_argument("image", nargs="?", metavar="IMAGE", help="a file or an http(s) URL")
+    compare.add_argument("question", nargs="?", metavar="QUESTION")
     compare.add_argument("--models", nargs="+", required=True, metavar="MODEL", help="two or more models")
+    compare.add_argument(
+        "--input",
+        metavar="CSV",
+        help="instead of IMAGE and QUESTION: a file of columns image, question and, to score, reference",
+    )
+    compare.add_argument(
+        "--out", metavar="HTML", help="with --input: the report; beside it, answers as .jsonl"
+    )
     _add_style(compare)
     _add_decoding(compare, "beam, up to 10 tokens, length penalty -1")
     _add_machine(compare)

@@ -9,18 +9,24 @@ from PIL import Image
 from blip2 import explain
 from blip2.checkpoint import Loaded
 from blip2.cli.console import Console, UsageError, table
-from blip2.cli.models import about, default_model, encode, generation, load_model, note_unknown_words
+from blip2.cli.models import (
+    about,
+    check_question,
+    default_model,
+    encode,
+    generation,
+    load_model,
+    note_unknown_words,
+)
 from blip2.generation import Generation, describe, generate, num_descriptions
 from blip2.images import open_image
 from blip2.model import Blip2
-from blip2.processing import PromptError
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Answer a question, and explain the answer."""
     settings = generation(args, Generation())
-    if args.style != "raw" and not args.question.strip():
-        raise PromptError("the question is empty: ask something about the picture")
+    check_question(args)
     if args.out and Path(args.out).suffix.lower() != ".png":
         raise UsageError(f"--out is {args.out!r}; give a .png file")
     picture = open_image(args.image, allow_url=True)

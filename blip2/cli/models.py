@@ -15,7 +15,7 @@ from blip2.generation import Generation
 from blip2.model import Blip2
 from blip2.novelty import UnknownPictureError
 from blip2.presets import DEFAULT, PRESETS, Preset, resolve
-from blip2.processing import Processor
+from blip2.processing import Processor, PromptError
 from blip2.vision import ImageFeatures
 
 Kind = Literal["generate", "match"]
@@ -165,6 +165,16 @@ def generation(args: argparse.Namespace, defaults: Generation) -> Generation:
         return defaults.with_(**given)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def check_question(args: argparse.Namespace) -> None:
+    """Notice an empty question before a model is loaded for it.
+
+    Raises:
+        PromptError: it is.
+    """
+    if args.style != "raw" and not args.question.strip():
+        raise PromptError("the question is empty: ask something about the picture")
 
 
 def note_unknown_words(processor: Processor, text: str, name: str, console: Console) -> None:
