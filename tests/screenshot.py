@@ -1,4 +1,4 @@
-"""Take the README's picture of the app: `python tests/screenshot.py docs/app.png [dark] [phone] [draw]`."""
+"""Take the README's picture of the app: `python tests/screenshot.py docs/app.png [dark] [phone] [draw] [compare] ...`."""
 
 import shutil
 import sys
@@ -47,6 +47,11 @@ def main() -> None:
         if "caption" in words:
             page.get_by_role("button", name="Caption the picture").click()
             page.locator("ol.captions li").first.wait_for()
+        if "compare" in words:
+            page.get_by_role("tab", name="Compare").click()
+            page.get_by_label("Question for both").fill(QUESTIONS[1])
+            page.get_by_role("button", name="Ask both").click()
+            page.get_by_role("button", name="Tie").and_(page.locator(":enabled")).wait_for()
         page.mouse.move(0, 0)
         page.wait_for_timeout(600)  # for gradio's fades
         path.parent.mkdir(parents=True, exist_ok=True)

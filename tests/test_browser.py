@@ -165,6 +165,27 @@ def test_instruct_shows_the_prompt_of_each_family(visit):
     expect(prompt).to_have_text("Question: what color is the circle? Short answer:")
 
 
+def test_compare_streams_both_and_takes_a_vote(visit, app):
+    page = visit()
+    page.get_by_role("tab", name="Compare").click()
+    page.get_by_label("Question for both").fill("what color is the circle?")
+    button(page, "Ask both").click()
+    expect(page.locator("#receipt-a code")).to_have_text("Question: what color is the circle? Answer:")
+    expect(page.locator("#receipt-b code")).to_have_text("Question: what color is the circle? Short answer:")
+    button(page, "Tie").click()
+    expect(page.locator("#tally")).to_contain_text("Tie 1")
+    expect(button(page, "Tie")).to_be_disabled()
+    page.get_by_label("Send both the same text").check()
+    set_lengths(page, 60, 60)
+    button(page, "Ask both").click()
+    wait_for_tokens(app, app.journal()["tokens"] + 8)
+    begun = app.journal()["tokens"]
+    button(page, "Stop").locator("visible=true").click()
+    expect(page.locator("#compare-note")).to_have_text("Stopped.")
+    assert settle(app) - begun < 80  # of 120 both
+    expect(page.locator("#receipt-a code")).to_have_text("what color is the circle?")
+
+
 def test_released_model_says_what_to_run(visit):
     page = visit()
     page.get_by_label("Model", exact=True).click()

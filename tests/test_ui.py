@@ -25,6 +25,7 @@ from blip2.processing import PromptError
 from blip2.ui import build, launch, main, session
 from blip2.ui.answers import Background
 from blip2.ui.caption import CaptionTab
+from blip2.ui.compare import VOTES, CompareTab, pair
 from blip2.ui.instruct import InstructTab
 from blip2.ui.models import Models
 from blip2.ui.page import DELETE_CACHE
@@ -33,7 +34,7 @@ from blip2.ui.picture import Picture
 from blip2.ui.serve import UsageError, is_loopback, may_be_local
 from blip2.ui.session import Session, friendly, question
 from blip2.ui.talk import ChatTab
-from blip2.ui.words import note, plain, receipt
+from blip2.ui.words import SILENCE, note, plain, receipt
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -296,7 +297,7 @@ def tabs():
     models = Models("scenes-opt")
     with gr.Blocks():
         state, box = gr.State(Session()), Picture()
-        made = {tab: tab(models, state, box) for tab in (ChatTab, CaptionTab, InstructTab)}
+        made = {tab: tab(models, state, box) for tab in (ChatTab, CaptionTab, InstructTab, CompareTab)}
     return made
 
 
@@ -344,8 +345,8 @@ def test_two_visitors_do_not_mix(tabs, tmp_path):
         for number, (visitor, path) in enumerate(zip(visitors, paths, strict=True))
     ]
     shown: list[list] = [[], []]
-    for pair in zip(*running, strict=False):  # a token of one, then a token of the other
-        for seen, update in zip(shown, pair, strict=True):
+    for both in zip(*running, strict=False):  # a token of one, then a token of the other
+        for seen, update in zip(shown, both, strict=True):
             seen.append(update)
     for seen, stream in zip(shown, running, strict=True):
         seen.extend(stream)
@@ -385,6 +386,78 @@ def test_captions_and_instruction(tabs, tmp_path):
         assert prompt in last(shown, instruct.receipt)
 
 
+def test_both_answer_in_their_own_frames(tabs, tmp_path, monkeypatch):
+    tab, instruct, path = tabs[CompareTab], tabs[InstructTab], picture(tmp_path, 1)
+    names = ["scenes-opt", "scenes-flan-t5"]
+    for same, prompts in (
+        (False, ["Question: what? Answer:", "Question: what? Short answer:"]),
+        (True, [">what?<"] * 2),
+    ):
+        visitor = Session()
+        shown = list(tab.run(visitor, (path, ""), "what?", *names, same, *settings(tab, min_new_tokens=4)))
+        for side, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+            assert f"Sent to {name}" in last(shown, tab.receipts[side])
+            assert prompt in last(shown, tab.receipts[side])
+            alone = Session()
+            alone.use(name)
+            frame = "raw" if same else "auto"
+            one = settings(instruct, method="greedy", max_new_tokens=30, min_new_tokens=4)
+            expected = list(instruct.run(alone, (path, ""), "what?", frame, *one))
+            assert last(shown, tab.answers[side]) == last(expected, instruct.answer)
+    assert last(shown, tab.votes[0])["interactive"] is True
+
+    file = tmp_path / "votes.jsonl"
+    monkeypatch.setattr(tab, "votes_file", file)
+    said = tab.vote(VOTES[1], visitor)
+    assert "scenes-flan-t5 1" in said[tab.tally] and "scenes-opt 0" in said[tab.tally]
+    tab.vote(VOTES[0], visitor)  # once a pair
+    [line] = file.read_text("utf-8").splitlines()
+    vote = json.loads(line)
+    assert (vote["vote"], vote["question"], vote["B"]["model"]) == (VOTES[1], "what?", "scenes-flan-t5")
+    assert vote["A"]["answer"] == visitor_answer(shown, tab) and path not in line
+
+
+def visitor_answer(shown, tab):
+    """What side A said, as the model said it."""
+    answer = last(shown, tab.answers[0])
+    return "" if answer == SILENCE else answer
+
+
+def test_one_side_that_fails_leaves_the_other(tabs, tmp_path, monkeypatch):
+    tab, visitor = tabs[CompareTab], Session()
+    language = tab.models.get("scenes-flan-t5").model.language_model
+
+    def fail(*arguments, **options):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(language, "forward", fail)
+    words = ["what?", "scenes-opt", "scenes-flan-t5", False]
+    shown = list(tab.run(visitor, (picture(tmp_path, 1), ""), *words, *settings(tab)))
+    assert "scenes-opt" in last(shown, tab.receipts[0]) and "failed" in last(shown, tab.receipts[1])
+    assert visitor.compared is None and last(shown, tab.go)["interactive"] is True
+    with pytest.raises(ValueError, match="A or B is empty"):
+        list(tab.run(visitor, (picture(tmp_path, 1), ""), "what?", "", None, False, *settings(tab)))
+
+
+def test_stop_ends_both(tabs, tmp_path):
+    tab, visitor = tabs[CompareTab], Session()
+    long = settings(tab, max_new_tokens=60, min_new_tokens=60)
+    words = ["what?", "scenes-opt", "scenes-flan-t5", False]
+    stream = tab.run(visitor, (picture(tmp_path, 1), ""), *words, *long)
+    for update in stream:
+        if any(update.get(answer) for answer in tab.answers):
+            break
+    visitor.stop()
+    assert last(list(stream), tab.note) == note("Stopped.")
+    assert all(chat.turns[-1].num_tokens < 60 for chat in visitor._answering)
+
+
+def test_the_pair_is_an_opt_beside_a_flan_t5():
+    assert pair(Models("scenes-flan-t5")) == ("scenes-opt", "scenes-flan-t5")
+    assert pair(Models("blip2-opt-6.7b")) == ("blip2-opt-6.7b", "blip2-flan-t5-xl")
+    assert pair(Models("blip2-flan-t5-xxl")) == ("blip2-opt-2.7b", "blip2-flan-t5-xxl")
+
+
 def test_ways_of_answering(tabs, tmp_path):
     path = picture(tmp_path, 1)
     for way, expected in zip(DESCRIBE, (False, False, True, True), strict=True):
@@ -403,7 +476,8 @@ def test_unknown_pictures_are_not_answered_unless_the_visitor_insists(tabs, tmp_
     answers = {ChatTab: "chatbot", CaptionTab: "captions", InstructTab: "answer"}
     runs = {ChatTab: "ask", CaptionTab: "run", InstructTab: "run"}
     words = {ChatTab: ["is it red?"], CaptionTab: [], InstructTab: ["is it red?", "auto"]}
-    for kind, tab in tabs.items():
+    for kind in runs:
+        tab = tabs[kind]
         visitor, run = Session(), getattr(tab, runs[kind])
         place = getattr(tab, answers[kind])
 

@@ -1,8 +1,9 @@
 """From a model to the page: text as it is said, or how long the search has been going."""
 
+import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -82,3 +83,36 @@ def streamed(
         if stop.is_set():
             pieces.close()  # type: ignore[attr-defined]
             return
+
+
+def together(
+    runs: Sequence[Callable[[], Iterator[T]]], stop: threading.Event
+) -> Iterator[tuple[int, T | BaseException | None]]:
+    """What several iterators give, each followed in a thread of its own, as it comes.
+
+    Leaving early sets `stop`, which the iterators are to heed.
+
+    Yields:
+        Which of them, and what it gave; None once it has ended, or what it raised.
+    """
+    said: queue.SimpleQueue[tuple[int, T | BaseException | None]] = queue.SimpleQueue()
+
+    def follow(which: int, run: Callable[[], Iterator[T]]) -> None:
+        try:
+            for item in run():
+                said.put((which, item))
+            said.put((which, None))
+        except BaseException as error:
+            said.put((which, error))
+
+    for which, run in enumerate(runs):
+        threading.Thread(target=follow, args=(which, run), daemon=True).start()
+    under_way = len(runs)
+    try:
+        while under_way:
+            which, item = said.get()
+            under_way -= item is None or isinstance(item, BaseException)
+            yield which, item
+    finally:
+        if under_way:
+            stop.set()

@@ -1,6 +1,7 @@
 """The page: the picture on the left, what can be done with it on the right."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -8,6 +9,7 @@ import gradio as gr
 from blip2.devices import device_advice
 from blip2.images import ImageError
 from blip2.ui.caption import CaptionTab
+from blip2.ui.compare import CompareTab
 from blip2.ui.instruct import InstructTab
 from blip2.ui.models import Models
 from blip2.ui.picture import PictureBox, refused
@@ -22,8 +24,13 @@ DELETE_CACHE = (300, 3000)
 QUEUE = 64
 
 
-def page(models: Models) -> gr.Blocks:
-    """Build the page over a shelf of models, which it keeps as `blip2_models`."""
+def page(models: Models, votes: Path | None = None) -> gr.Blocks:
+    """Build the page over a shelf of models, which it keeps as `blip2_models`.
+
+    Args:
+        models: the shelf.
+        votes: a file for votes on compared answers; None keeps none.
+    """
     with gr.Blocks(title="BLIP-2", analytics_enabled=False, delete_cache=DELETE_CACHE) as demo:
         state = gr.State(Session())
         with gr.Row(elem_id="top", equal_height=True):
@@ -53,7 +60,9 @@ def page(models: Models) -> gr.Blocks:
                     caption = CaptionTab(models, state, box.picture)
                 with gr.Tab("Instruct", id="instruct", render_children=True):
                     instruct = InstructTab(models, state, box.picture)
-        tabs: list[Tab] = [chat, caption, instruct]
+                with gr.Tab("Compare", id="compare", render_children=True):
+                    compare = CompareTab(models, state, box.picture, votes)
+        tabs: list[Tab] = [chat, caption, instruct, compare]
         cleared = [component for tab in tabs for component in tab.cleared()]
 
         def look(session: Session, picture: tuple[str | None, str]) -> Updates:

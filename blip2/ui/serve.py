@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -68,6 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         help="let visitors load released checkpoints and model folders of this machine; default: yes if "
         "only this machine can reach the app",
     )
+    parser.add_argument(
+        "--votes",
+        type=Path,
+        metavar="FILE",
+        help="append votes on compared answers to this file, a JSON line each; by default they are not kept",
+    )
     return parser
 
 
@@ -105,19 +112,20 @@ def may_be_local(host: str, wanted: bool | None) -> bool:
     return private if wanted is None else wanted
 
 
-def build(*, local: bool = False, model: str | None = None) -> "gr.Blocks":
+def build(*, local: bool = False, model: str | None = None, votes: Path | None = None) -> "gr.Blocks":
     """The page, not yet served.
 
     Args:
         local: visitors may load released checkpoints and model folders.
         model: the one open at first; default: the embedded default.
+        votes: a file for votes on compared answers; default: none are kept.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it on import
     from blip2.presets import DEFAULT
     from blip2.ui.models import Models
     from blip2.ui.page import page
 
-    return page(Models(model or DEFAULT, local=local))
+    return page(Models(model or DEFAULT, local=local), votes)
 
 
 def launch(demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = None) -> str:
@@ -163,7 +171,9 @@ def _serve(options: argparse.Namespace) -> None:
         print("Starting ...", end="\r", flush=True)
     from blip2.devices import device_advice
 
-    demo = build(local=options.local, model=options.model)
+    if options.votes is not None:
+        options.votes.open("a").close()  # what is wrong with it is said now
+    demo = build(local=options.local, model=options.model, votes=options.votes)
     models = demo.blip2_models
     if options.model:
         models.get(models.default)  # the operator named it: what is wrong with it is said now

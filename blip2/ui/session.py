@@ -46,6 +46,8 @@ class Session:
         path: the picture's file; None before the first look.
         subject: counts pictures and models; an answer that finds it changed comes too late.
         anyway: the visitor wants answers about this picture though the model does not know its kind.
+        compared: two answers to vote on; None before, and after the vote.
+        votes: how many a model, or "Tie" and "Neither", got from this visitor.
     """
 
     def __init__(self) -> None:
@@ -58,7 +60,9 @@ class Session:
         self._name = "the picture"
         self._features: dict[str, ImageFeatures] = {}
         self._stop = threading.Event()
-        self._answering: Chat | None = None
+        self._answering: list[Chat] = []
+        self.compared: dict[str, Any] | None = None
+        self.votes: dict[str, int] = {}
 
     def __deepcopy__(self, memo: Any) -> "Session":
         """Gradio copies the initial state for every visitor: each starts afresh."""
@@ -126,14 +130,14 @@ class Session:
         """The conversation under way, or a new one."""
         if self.chat is None:
             self.chat = self.single(loaded)
-        self._answering = self.chat
+        self._answering.append(self.chat)
         return self.chat
 
     def single(self, loaded: Loaded, style: Style | None = None) -> Chat:
         """A conversation of its own about the picture, for one instruction."""
         chat = Chat(loaded.model, loaded.processor, style=style)
         chat.set_image(self.features(loaded))
-        self._answering = chat
+        self._answering.append(chat)
         return chat
 
     # --- answering ---
@@ -141,8 +145,8 @@ class Session:
     def stop(self) -> None:
         """End the answer under way within one token."""
         self._stop.set()
-        if self._answering is not None:
-            self._answering.stop()  # a token need not be text that the page's loop would see
+        for chat in self._answering:
+            chat.stop()  # a token need not be text that the page's loop would see
 
     @contextmanager
     def answering(self) -> Iterator[threading.Event]:
@@ -152,6 +156,7 @@ class Session:
         """
         self.stop()
         stop = self._stop = threading.Event()
+        self._answering = []
         try:
             yield stop
         finally:

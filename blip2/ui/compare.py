@@ -1,0 +1,203 @@
+"""The Compare tab: the same question to two models, about the same picture, at the same time."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from blip2.chat import Chat
+from blip2.generation import Generation, num_descriptions
+from blip2.presets import EMBEDDED, PRESETS
+from blip2.ui.answers import streamed, together
+from blip2.ui.models import Models
+from blip2.ui.parameters import Parameters
+from blip2.ui.session import EXPECTED, Session, friendly, question
+from blip2.ui.tab import QUIET, Tab, Updates, unknown_words
+from blip2.ui.words import SILENCE, counted, note, receipt, settings_text
+
+SIDES = ("A", "B")
+VOTES = ("A is better", "B is better", "Tie", "Neither")
+
+
+class CompareTab(Tab):
+    """Controls and events; see `Tab`.
+
+    Args:
+        votes: a file that votes are appended to, with the texts they are about; None keeps none.
+    """
+
+    def __init__(self, models: Models, state: gr.State, picture: gr.Image, votes: Path | None = None):
+        super().__init__(models, state, picture)
+        self.votes_file = votes
+        self.box = gr.Textbox(
+            label="Question for both", placeholder="what color is the circle?", max_lines=8, elem_id="both"
+        )
+        with gr.Row():
+            self.picks = [
+                gr.Dropdown(
+                    models.choices(),
+                    value=name,
+                    label=f"Model {side}",
+                    allow_custom_value=models.local,
+                    min_width=220,
+                )
+                for side, name in zip(SIDES, pair(models), strict=True)
+            ]
+        same = gr.Checkbox(
+            False,
+            label="Send both the same text",
+            info="as typed; otherwise each gets the question in the frame it was evaluated with",
+        )
+        self.parameters = Parameters(Generation(), questions=True)
+        with gr.Row(elem_classes="actions"):
+            self.go = gr.Button("Ask both", variant="primary", min_width=160)
+            self.halt = gr.Button("Stop", variant="stop", visible=False, min_width=90, scale=0)
+        self.add_note("compare-note")
+        self.answers, self.receipts = [], []
+        with gr.Row(elem_classes="sides"):
+            for side in SIDES:
+                with gr.Column(min_width=260):
+                    self.answers.append(
+                        gr.Textbox(
+                            label=f"Answer {side}",
+                            interactive=False,
+                            lines=2,
+                            max_lines=12,
+                            buttons=["copy"],
+                            elem_id=f"answer-{side.lower()}",
+                        )
+                    )
+                    self.receipts.append(gr.HTML(elem_id=f"receipt-{side.lower()}"))
+        with gr.Row(elem_classes="actions small"):
+            self.votes = [gr.Button(text, size="sm", interactive=False, min_width=110) for text in VOTES]
+        self.tally = gr.HTML(elem_id="tally")
+        where = (
+            "kept by the app's operator, with the question and the answers" if votes else "counted here alone"
+        )
+        gr.Markdown(f"Votes are {where}; pictures are never kept.", elem_classes="fine-print")
+        inputs = [self.box, *self.picks, same, *self.parameters.inputs]
+        outputs = [*self.answers, *self.receipts, *self.votes]
+        self.wire([self.go.click, self.box.submit], self.run, inputs, outputs)
+        self.wire_anyway(self.run, inputs, outputs)
+        self.wire_stop()
+        for text, button in zip(VOTES, self.votes, strict=True):
+            button.click(partial(self.vote, text), state, [self.tally, *self.votes], **QUIET)
+
+    def cleared(self) -> Updates:
+        """The tab as for a new picture or model; the question stays."""
+        empty = dict.fromkeys((*self.answers, *self.receipts), "")
+        return super().cleared() | empty | self._votable(False)
+
+    def _votable(self, possible: bool) -> Updates:
+        return {button: gr.update(interactive=possible) for button in self.votes}
+
+    def run(
+        self,
+        session: Session,
+        picture: tuple[str | None, str],
+        text: str,
+        first: str | None,
+        second: str | None,
+        same: bool,
+        *values: Any,
+    ) -> Iterator[Updates]:
+        """Ask both; yields what to change on the page."""
+        generation = self.parameters.generation(values)
+        text = question(text)
+        session.look(*picture)
+        session.compared = None
+        names = [name.strip() for name in (first, second) if name and name.strip()]
+        if len(names) < 2:
+            raise ValueError("There are two models to choose: A or B is empty.")
+        subject = session.subject
+        with session.answering() as stop:
+            yield (
+                self.busy(names[0])
+                | dict.fromkeys((*self.answers, *self.receipts), "")
+                | self._votable(False)
+            )
+            chats, unknown = [], []
+            for name in names:
+                if not self.models.is_loaded(name):
+                    yield {self.note: note(f"Loading {name} ...")}
+                loaded = self.models.get(name)
+                chat = session.single(loaded, "raw" if same else None)
+                chat.describe = num_descriptions(chat.model, self.parameters.describe(values))
+                chats.append(chat)
+                unknown.append(unknown_words(loaded, text))
+            start = time.monotonic()
+            runs = [
+                partial(streamed, chat, partial(chat.stream, text, generation), generation, stop)
+                for chat in chats
+            ]
+            took: dict[int, float] = {}
+            failed: dict[int, str] = {}
+            for side, said in together(runs, stop):
+                if said is None:
+                    took[side] = time.monotonic() - start
+                    yield self._finished(side, names, chats, generation, took[side])
+                elif isinstance(said, EXPECTED):
+                    failed[side] = friendly(said)
+                    yield {self.receipts[side]: note(failed[side], "error")}
+                elif isinstance(said, BaseException):
+                    raise said
+                else:
+                    yield {self.answers[side]: said.text, self.note: note(said.doing)}
+            stopped = stop.is_set()
+        yield self.idle(session)
+        if session.subject != subject:
+            return  # the visitor has moved on to another picture
+        yield {self.note: note("Stopped." if stopped else " ".join(dict.fromkeys(unknown)).strip())}
+        if len(took) == 2 and not stopped:
+            session.compared = {
+                "question": text,
+                "settings": asdict(generation),
+                **{
+                    side: {"model": name, "prompt": chat.turns[-1].prompt, "answer": chat.turns[-1].answer}
+                    for side, name, chat in zip(SIDES, names, chats, strict=True)
+                },
+            }
+            yield self._votable(True)
+
+    def _finished(
+        self, side: int, names: list[str], chats: list[Chat], generation: Generation, seconds: float
+    ) -> Updates:
+        turn = chats[side].turns[-1]
+        facts = [settings_text(generation), counted(turn.num_tokens, "token"), f"{seconds:.1f} s"]
+        return {
+            self.answers[side]: turn.answer or SILENCE,
+            self.receipts[side]: receipt(names[side], turn.prompt, facts),
+        }
+
+    def vote(self, text: str, session: Session) -> Updates:
+        """Count a vote, once for each pair of answers."""
+        compared, session.compared = session.compared, None
+        if compared is None:
+            return self._votable(False)
+        if self.votes_file is not None:
+            line = json.dumps({"time": round(time.time()), "vote": text, **compared}, ensure_ascii=False)
+            with self.votes_file.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        models = [compared[side]["model"] for side in SIDES]
+        for model in models:
+            session.votes.setdefault(model, 0)
+        if text in VOTES[:2]:
+            session.votes[models[VOTES.index(text)]] += 1
+        else:
+            session.votes[text] = session.votes.get(text, 0) + 1
+        counts = ", ".join(f"{name} {count}" for name, count in session.votes.items())
+        return self._votable(False) | {self.tally: note(f"Your votes: {counts}.")}
+
+
+def pair(models: Models) -> tuple[str, str]:
+    """An OPT beside a Flan-T5: the embedded ones, or the operator's model and the other family's."""
+    embedded = tuple(name for name in EMBEDDED if PRESETS[name].kind == "generate")
+    if models.default in embedded:
+        return embedded[0], embedded[1]
+    other = "blip2-opt-2.7b" if "t5" in models.default else "blip2-flan-t5-xl"
+    return (other, models.default) if "t5" in models.default else (models.default, other)
