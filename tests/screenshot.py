@@ -1,4 +1,4 @@
-"""Take the README's picture of the app: `python tests/screenshot.py docs/app.png [dark] [phone] [draw] [compare] ...`."""
+"""Take the README's picture of the app: `python tests/screenshot.py docs/app.png [dark] [compare] ...`."""
 
 import shutil
 import sys

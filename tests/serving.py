@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = 30  # tokens; only longer answers are slowed down
-TINY = {"scenes-opt": "opt", "scenes-flan-t5": "t5"}
+TINY = {"scenes-opt": "opt", "scenes-flan-t5": "t5", "scenes-itm": "retrieval"}
 
 
 def embedded() -> bool:
@@ -39,8 +39,9 @@ def tiny_checkpoints(folder: Path) -> None:
     from blip2.processing import Processor
 
     for name, family in TINY.items():
+        words = tiny.language_family(family)
         processor = Processor(
-            tiny.tokenizer(family), family=family, image_size=tiny.IMAGE_SIZE,
+            tiny.tokenizer(words), family=words, image_size=tiny.IMAGE_SIZE,
             num_query_tokens=tiny.NUM_QUERIES, context=96 if family == "opt" else None,
         )  # fmt: skip
         checkpoint.save(tiny.ours(family), processor, folder / name)

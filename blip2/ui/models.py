@@ -47,8 +47,12 @@ class Models:
         """Whether `get` returns at once."""
         return name in self._loaded
 
-    def get(self, name: str) -> Loaded:
+    def get(self, name: str, kind: str = "generate") -> Loaded:
         """The model, loaded on first use; nothing is ever downloaded.
+
+        Args:
+            name: a preset's, a Hub id, or a folder.
+            kind: "generate" for captions and answers, "match" for scores.
 
         Raises:
             ValueError: it may not be loaded here, is not on this machine, or is broken; the message says what
@@ -60,9 +64,9 @@ class Models:
         with lock:
             if name not in self._loaded:
                 loaded = checkpoint.load(name, local_files_only=True)
-                if loaded.processor.family == "bert":
-                    raise ValueError(f"{name} scores texts against pictures and writes none")
+                _check_kind(loaded, kind)  # before it takes a place on the shelf
                 self._loaded[name] = loaded
+            _check_kind(self._loaded[name], kind)
             return self._loaded[name]
 
     def _check_allowed(self, name: str) -> None:
@@ -113,6 +117,12 @@ class Models:
             "The released models are for photographs, but not served here: the app's operator can start it "
             f"with --model {name}. Or have an answer all the same."
         )
+
+
+def _check_kind(loaded: Loaded, kind: str) -> None:
+    if (loaded.processor.family == "bert") != (kind == "match"):
+        does = "writes texts and scores none" if kind == "match" else "scores texts and writes none"
+        raise ValueError(f"{loaded.name} {does}")
 
 
 def _preset(name: str) -> Preset | None:

@@ -8,6 +8,7 @@ import gradio as gr
 
 from blip2.devices import device_advice
 from blip2.images import ImageError
+from blip2.ui.api import Api
 from blip2.ui.caption import CaptionTab
 from blip2.ui.compare import CompareTab
 from blip2.ui.instruct import InstructTab
@@ -126,6 +127,7 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
             [picker, model_note, notice, card, *chat.suggestions, *cleared],
             **private,
         )
+        Api(models).add()
     demo.queue(max_size=QUEUE, default_concurrency_limit=8)
     demo.blip2_models = models
     return demo

@@ -152,7 +152,7 @@ def launch(demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = Non
         "pwa": False,
         "mcp_server": False,
         "show_error": False,  # what visitors should read is worded by us; the rest may hold paths
-        "footer_links": ["gradio", "settings"],
+        "footer_links": ["api", "gradio", "settings"],
     }
     try:
         _, address, _ = demo.launch(server_name=host, server_port=port, **options)
