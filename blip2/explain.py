@@ -9,11 +9,13 @@ layers, T tokens.
 """
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -114,6 +116,7 @@ def occlusion(
     question: str | None = None,
     grid: int = 8,
     batch_size: int = 16,
+    stop: threading.Event | None = None,
 ) -> Tensor:
     """How much each part of a picture matters to an answer.
 
@@ -129,6 +132,7 @@ def occlusion(
         question: for a Q-Former that reads questions; by default the prompt.
         grid: cells a side.
         batch_size: pictures at once.
+        stop: once set, the cells not looked at yet count as 0.
 
     Returns:
         float (grid, grid), the fall of the log-probability (nats): above 0 where hiding makes the answer less
@@ -145,16 +149,18 @@ def occlusion(
     edges = [round(index * size / grid) for index in range(grid + 1)]
     hidden = pixels.repeat(grid * grid + 1, 1, 1, 1)
     mean = pixels.mean((2, 3), keepdim=True)[0]
-    for cell in range(grid * grid):
-        row, column = divmod(cell, grid)
+    for cell in range(1, grid * grid + 1):  # the first stays whole
+        row, column = divmod(cell - 1, grid)
         hidden[cell, :, edges[row] : edges[row + 1], edges[column] : edges[column + 1]] = mean
     likely = []
     for part in hidden.split(batch_size):
         image = model.encode_image(part.to(model.device))
         log_probs = _answer_log_probs(model, processor, image, prompt, question or prompt, ids)
         likely.append(log_probs.gather(2, ids.expand(len(part), -1)[..., None]).sum((1, 2)).cpu())
-    *cells, whole = torch.cat(likely)
-    return (whole - torch.stack(cells)).reshape(grid, grid)
+        if stop is not None and stop.is_set():
+            break
+    fall = torch.cat(likely)[0] - torch.cat(likely)[1:]
+    return F.pad(fall, (0, grid * grid - len(fall))).reshape(grid, grid)
 
 
 @torch.no_grad()

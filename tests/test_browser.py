@@ -186,6 +186,18 @@ def test_compare_streams_both_and_takes_a_vote(visit, app):
     expect(page.locator("#receipt-a code")).to_have_text("what color is the circle?")
 
 
+def test_an_answer_is_looked_into(visit):
+    page = visit()
+    page.get_by_role("button", name="Why this answer?").click()
+    button(page, "Look into it").click()
+    expect(page.locator("#why-note")).to_contain_text("no answer to look into yet")
+    page.get_by_label("Nucleus sampling")  # in a tab's panel, out of sight
+    ask(page, "what color is the circle?")
+    button(page, "Look into it").click()
+    said = page.locator("#tokens meter").or_(page.locator("#why-note").get_by_text("no answer"))
+    expect(said.first).to_be_visible()
+
+
 def test_released_model_says_what_to_run(visit):
     page = visit()
     page.get_by_label("Model", exact=True).click()

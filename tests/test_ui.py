@@ -36,6 +36,7 @@ from blip2.ui.picture import Picture
 from blip2.ui.serve import UsageError, is_loopback, may_be_local
 from blip2.ui.session import Session, friendly, question
 from blip2.ui.talk import ChatTab
+from blip2.ui.why import Why
 from blip2.ui.words import SILENCE, note, plain, receipt
 
 
@@ -299,7 +300,7 @@ def tabs():
     models = Models("scenes-opt")
     with gr.Blocks():
         state, box = gr.State(Session()), Picture()
-        made = {tab: tab(models, state, box) for tab in (ChatTab, CaptionTab, InstructTab, CompareTab)}
+        made = {tab: tab(models, state, box) for tab in (ChatTab, CaptionTab, InstructTab, CompareTab, Why)}
     return made
 
 
@@ -423,6 +424,24 @@ def visitor_answer(shown, tab):
     """What side A said, as the model said it."""
     answer = last(shown, tab.answers[0])
     return "" if answer == SILENCE else answer
+
+
+def test_the_last_answer_is_looked_into(tabs, tmp_path):
+    why, chat, path, visitor = tabs[Why], tabs[ChatTab], picture(tmp_path, 1), Session()
+    with pytest.raises(ValueError, match="no answer to look into"):
+        list(why.run(visitor, (path, ""), "occlusion", None, None))
+    asked = settings(chat, min_new_tokens=4, method="nucleus", seed="1")
+    list(chat.ask(visitor, (path, ""), "<b>what</b>?", *asked))
+    assert visitor.answered.answer == visitor.chat.turns[-1].answer != ""
+    for kind, layer, query in (("occlusion", None, None), ("attention", None, None), ("attention", 1, 3)):
+        shown = list(why.run(visitor, (path, ""), kind, layer, query))
+        assert "<meter" in last(shown, why.tokens) and "<b>" not in last(shown, why.tokens)
+        assert last(shown, why.map)["value"].size == (40, 40) and last(shown, why.map)["visible"]
+    for layer, query in ((9, None), (None, 99), (0, None)):
+        with pytest.raises(ValueError, match="this model has 1 to"):
+            list(why.run(visitor, (path, ""), "attention", layer, query))
+    visitor.look(picture(tmp_path, 2))
+    assert visitor.answered is None
 
 
 def test_one_side_that_fails_leaves_the_other(tabs, tmp_path, monkeypatch):

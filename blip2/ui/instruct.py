@@ -91,6 +91,7 @@ class InstructTab(Tab):
         if session.subject != subject:
             return  # the visitor has moved on to another picture or model
         turn = chat.turns[-1]
+        session.remember(name, turn)
         facts = [
             settings_text(generation),
             counted(turn.num_tokens, "token"),

@@ -18,6 +18,7 @@ from blip2.ui.session import EXPECTED, Session, friendly
 from blip2.ui.tab import Tab, Updates
 from blip2.ui.talk import ChatTab
 from blip2.ui.theme import HEADER
+from blip2.ui.why import Why
 from blip2.ui.words import note
 
 # Uploads: looked at every five minutes, deleted when older than fifty, so gone within the hour.
@@ -52,6 +53,7 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
         with gr.Row(elem_id="main"):
             with gr.Column(scale=5, min_width=320, elem_id="look"):
                 box = PictureBox()
+                why = Why(models, state, box.picture)
                 with gr.Accordion("About the model", open=False, elem_classes="settings"):
                     card = gr.HTML(models.card(models.default), elem_id="card")
             with gr.Column(scale=7, min_width=320, elem_id="ask"), gr.Tabs():
@@ -63,7 +65,7 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
                     instruct = InstructTab(models, state, box.picture)
                 with gr.Tab("Compare", id="compare", render_children=True):
                     compare = CompareTab(models, state, box.picture, votes)
-        tabs: list[Tab] = [chat, caption, instruct, compare]
+        tabs: list[Tab] = [chat, caption, instruct, compare, why]
         cleared = [component for tab in tabs for component in tab.cleared()]
 
         def look(session: Session, picture: tuple[str | None, str]) -> Updates:

@@ -9,10 +9,11 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from blip2.chat import Chat
+from blip2.chat import Chat, Turn
 from blip2.checkpoint import Loaded
 from blip2.devices import is_out_of_memory
 from blip2.images import ImageError, open_image
@@ -37,6 +38,16 @@ def friendly(error: BaseException) -> str:
     return "The model failed on this; the app's log says why. Try again, or with other settings."
 
 
+@dataclass(frozen=True)
+class Answered:
+    """An answer that can be looked into: who gave it, to what, and the prompt as sent."""
+
+    model: str
+    question: str
+    prompt: str
+    answer: str
+
+
 class Session:
     """What one visitor has open.
 
@@ -46,6 +57,7 @@ class Session:
         path: the picture's file; None before the first look.
         subject: counts pictures and models; an answer that finds it changed comes too late.
         anyway: the visitor wants answers about this picture though the model does not know its kind.
+        answered: the last answer of the page's model; None before, and where it said nothing.
         compared: two answers to vote on; None before, and after the vote.
         votes: how many a model, or "Tie" and "Neither", got from this visitor.
     """
@@ -61,6 +73,7 @@ class Session:
         self._features: dict[str, ImageFeatures] = {}
         self._stop = threading.Event()
         self._answering: list[Chat] = []
+        self.answered: Answered | None = None
         self.compared: dict[str, Any] | None = None
         self.votes: dict[str, int] = {}
 
@@ -95,7 +108,7 @@ class Session:
         self.stop()
         self.path, self._name, self._digest = path, name, digest
         self._features.clear()
-        self.chat, self.anyway = None, False
+        self.chat, self.anyway, self.answered, self.compared = None, False, None, None
         self.subject += 1
         return True
 
@@ -123,7 +136,7 @@ class Session:
     def use(self, model: str) -> None:
         """Change models; the conversation starts anew."""
         self.stop()
-        self.model, self.chat = model, None
+        self.model, self.chat, self.answered = model, None, None
         self.subject += 1
 
     def conversation(self, loaded: Loaded) -> Chat:
@@ -141,6 +154,10 @@ class Session:
         return chat
 
     # --- answering ---
+
+    def remember(self, model: str, turn: Turn) -> None:
+        """Keep an answer, to be looked into."""
+        self.answered = Answered(model, turn.question, turn.prompt, turn.answer) if turn.answer else None
 
     def stop(self) -> None:
         """End the answer under way within one token."""

@@ -183,6 +183,7 @@ class ChatTab(Tab):
             yield self.idle(session)
             return  # the visitor has moved on to another picture or model
         turn = chat.turns[-1]
+        session.remember(name, turn)
         facts = [
             settings_text(generation),
             counted(turn.num_tokens, "token"),
