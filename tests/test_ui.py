@@ -31,7 +31,7 @@ from blip2.ui.compare import VOTES, CompareTab, pair
 from blip2.ui.instruct import InstructTab
 from blip2.ui.models import Models
 from blip2.ui.page import DELETE_CACHE
-from blip2.ui.parameters import DESCRIBE, Parameters
+from blip2.ui.parameters import DESCRIBE, KEPT, Parameters
 from blip2.ui.picture import Picture
 from blip2.ui.serve import UsageError, is_loopback, may_be_local
 from blip2.ui.session import Session, friendly, question
@@ -290,6 +290,21 @@ def test_ignored_settings_are_greyed_out_and_left_out():
     for change, words in (({"seed": "oops"}, "seed is 'oops'"), ({"top_p": None}, "Top p is empty")):
         with pytest.raises(ValueError, match=words):
             panel.generation(tuple((nucleus | change).values()))
+
+
+@pytest.mark.parametrize("questions", [True, False])
+def test_presets_set_the_controls(questions):
+    with gr.Blocks():
+        panel = Parameters(Generation(), several=not questions, questions=questions)
+    start = {name: control.value for name, control in panel.controls.items()}
+    for name, method in {"Paper": "beam", "Precise": "greedy", "Creative": "nucleus"}.items():
+        changed = [key for key in panel.controls if key not in KEPT]
+        updates = dict(zip(changed, panel.preset(name), strict=True))
+        values = start | {key: update["value"] for key, update in updates.items()}
+        got = panel.generation(tuple(values.values()))
+        assert got.method == method and updates["num_beams"]["interactive"] == (method == "beam")
+        if name == "Paper":
+            assert got == (Generation.answer() if questions else Generation.caption())
 
 
 # --- the tabs, called as gradio calls them ---

@@ -25,6 +25,7 @@ DESCRIBE = {
     "Describe the picture first, in one caption": 1,
     "Describe the picture first, in many captions": 12,
 }
+KEPT = ("describe", "num_captions")  # by a preset
 WHOLE = {"num_beams", "num_captions", "max_new_tokens", "min_new_tokens"}
 
 
@@ -42,7 +43,18 @@ class Parameters:
         self.controls: dict[str, Any] = {}
         if several:
             self._slider(defaults, "num_captions", "Captions", 1, 10, 1, "each is a line of its own")
+        paper = Generation.answer() if questions else Generation.caption()
+        self.presets = {
+            "Paper": paper,
+            "Precise": paper.with_(method="greedy", length_penalty=1.0),
+            "Creative": paper.with_(method="nucleus", length_penalty=1.0, max_new_tokens=40),
+        }
         with gr.Accordion("Parameters", open=False, elem_classes="settings"):
+            preset = gr.Radio(
+                list(self.presets),
+                label="Preset",
+                info="sets all below: the paper's beams, the likeliest words, or words drawn at random",
+            )
             if questions:
                 self.controls["describe"] = gr.Dropdown(
                     list(DESCRIBE),
@@ -75,6 +87,14 @@ class Parameters:
                     max_lines=1,
                     min_width=220,
                 )
+        preset.input(
+            self.preset,
+            preset,
+            [control for name, control in self.controls.items() if name not in KEPT],
+            queue=False,
+            show_progress="hidden",
+            api_visibility="private",
+        )
         changing = {name: control for name, control in self.controls.items() if name in USED_BY}
         self.controls["method"].change(
             lambda chosen: [gr.update(interactive=name in _used(chosen)) for name in changing],
@@ -99,6 +119,16 @@ class Parameters:
             buttons=[],
             min_width=220,
         )
+
+    def preset(self, chosen: str) -> list[Any]:
+        """The controls as a preset has them; how many captions, and how to describe, stay as they are."""
+        settings = self.presets[chosen]
+        used = _used(settings.method)
+        return [
+            gr.update(value="" if name == "seed" else getattr(settings, name), interactive=name in used)
+            for name in self.controls
+            if name not in KEPT
+        ]
 
     @property
     def inputs(self) -> list[Any]:
