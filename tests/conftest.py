@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import socket
+from urllib.parse import urlsplit
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,3 +47,50 @@ def _offline(request, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", guard("connect"))
     monkeypatch.setattr(socket.socket, "connect_ex", guard("connect_ex"))
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+# --- the app in Chromium: one for all browser tests, on tiny random models whose tokens are slowed down ---
+
+
+@pytest.fixture(scope="session")
+def app():
+    from browsing import PACE
+    from serving import serving
+
+    with serving(tiny=True, pace=PACE) as running:
+        yield running
+    assert running.process.returncode == 0 and "Stopped.\n" in running.lines, running.lines
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from browsing import CHROMIUM, QUIET, sync_api
+
+    with sync_api.sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+
+
+@pytest.fixture
+def visit(app, browser):
+    """Open the page in a context of its own; checks what every page must keep."""
+    from browsing import PATIENCE, box
+
+    contexts, complaints, hosts = [], [], set()
+
+    def open_page(url=app.url, **options):
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | options))
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
+        page.goto(url)
+        box(page).wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert complaints == []
+    assert hosts <= {"127.0.0.1", None, ""}, hosts  # data: and blob: have no host

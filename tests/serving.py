@@ -147,8 +147,8 @@ def _child() -> None:
         blip2.generation.decode, Blip2.encode_image, checkpoint.load, blip2.generation.Stop.__call__
     )  # fmt: skip
 
-    def slow_decode(model, image, text, generation, *arguments):
-        for token in decode(model, image, text, generation, *arguments):
+    def slow_decode(model, image, text, generation, *arguments, **settings):
+        for token in decode(model, image, text, generation, *arguments, **settings):
             count("tokens")
             time.sleep(options.pace if generation.min_new_tokens > LONG else 0)
             yield token
