@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blip2.chat import Chat
     from blip2.checkpoint import load, save
-    from blip2.generation import Generation
     from blip2.images import open_image
     from blip2.model import Blip2
     from blip2.presets import PRESETS
     from blip2.processing import Processor
     from blip2.representation import Blip2Representation
+    from blip2.settings import Generation
 
 __version__ = "0.1.0"
 
@@ -37,7 +37,7 @@ _HOMES = {
     "Blip2": "model",
     "Blip2Representation": "representation",
     "Chat": "chat",
-    "Generation": "generation",
+    "Generation": "settings",
     "Processor": "processing",
     "load": "checkpoint",
     "open_image": "images",

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 CUDA_13_DRIVER = 580  # the first driver series that runs CUDA 13 builds; CUDA 12.6 builds run from 525 on
 
@@ -22,7 +24,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def choose_device(device: str | torch.device = "auto") -> torch.device:
+def choose_device(device: "str | torch.device" = "auto") -> "torch.device":
     """Turn a wish into a device that is there.
 
     Args:
@@ -31,6 +33,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     Raises:
         ValueError: the device is unknown to torch, or is not on this machine.
     """
+    import torch
+
     if str(device) == "auto":
         return torch.device(_present()[0])
     try:
@@ -49,6 +53,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
 
 def _present() -> list[str]:
     """Kinds of device that torch can use here, the fastest first."""
+    import torch
+
     kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     return [kind for kind, there in kinds.items() if there]
 
@@ -60,6 +66,8 @@ def device_advice() -> str | None:
     Three cases: an NVIDIA GPU under a CPU build of torch; a CUDA build that the GPU's driver is too old for;
     a CUDA build (gigabytes) on a machine without a GPU. None if all is well.
     """
+    import torch
+
     if torch.cuda.is_available() or torch.version.hip or torch.backends.mps.is_available():
         return None
     gpu, built_for = _nvidia_gpu(), torch.version.cuda
@@ -87,6 +95,8 @@ def device_advice() -> str | None:
 
 
 def _command(tag: str) -> str:
+    import torch
+
     version = torch.__version__.split("+")[0]
     python = Path(sys.executable)  # not a bare `pip`: that may be another Python's
     if python.is_relative_to(Path.cwd()):

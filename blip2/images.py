@@ -16,14 +16,16 @@ import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
+from blip2.errors import ImageError
 from blip2.fetch import FetchError, fetch
+
+if TYPE_CHECKING:  # to open a picture needs no torch
+    from torch import Tensor
 
 MAX_PIXELS = 100_000_000  # 300 MB once decoded to RGB; cameras and phones stay below, bombs do not
 MAX_ASPECT = 100  # longer strips turn into noise when resized to a square
@@ -47,10 +49,6 @@ _ORIENTATIONS = {
 }
 
 ImageSource = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray
-
-
-class ImageError(ValueError):
-    """A picture that cannot be used; the message is one sentence that can be shown to a user."""
 
 
 def open_image(source: ImageSource, *, allow_url: bool = False, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -99,7 +97,7 @@ def preprocess(
     size: int,
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
-) -> Tensor:
+) -> "Tensor":
     """Turn RGB pictures into the encoder's input: bicubic resize to a square (no crop), /255, normalize.
 
     Equal to transformers' `BlipImageProcessorPil` bit for bit.
@@ -116,6 +114,8 @@ def preprocess(
     Raises:
         ImageError: no images, or one that is not RGB.
     """
+    import torch
+
     if isinstance(images, Image.Image):
         images = [images]
     if len(images) == 0:

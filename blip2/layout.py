@@ -20,6 +20,7 @@ from transformers import Blip2Config, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from blip2.config import Blip2AnyConfig
+from blip2.errors import CheckpointError
 from blip2.presets import PRESETS
 
 NOVELTY = "novelty.safetensors"  # see `blip2.novelty`
@@ -49,10 +50,6 @@ STAGE1_CLASSES = (
     "Blip2Representation",
 )
 MODEL_TYPES = ("blip-2", "instructblip", "blip2-any")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, or cannot be found; the message says what to do."""
 
 
 @dataclass

@@ -9,25 +9,16 @@ transformers does not look; without it every picture passes, as with the release
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from blip2.layout import NOVELTY, CheckpointError
+from blip2.errors import CheckpointError
+from blip2.errors import UnknownPictureError as UnknownPictureError
+from blip2.layout import NOVELTY
 from blip2.vision import ImageFeatures
-
-
-class UnknownPictureError(ValueError):
-    """A picture of a kind that the model does not know; an answer would be about something else.
-
-    Attributes:
-        facts: what to add to a JSON document that holds the message.
-    """
-
-    facts: ClassVar[dict[str, bool]] = {"unknown_picture": True}
 
 
 def statistics(image: ImageFeatures) -> Tensor:

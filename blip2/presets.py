@@ -9,9 +9,10 @@ import math
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from transformers import Blip2Config
+if TYPE_CHECKING:
+    from transformers import Blip2Config
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8", "nf4")
 ORGANIZATION = "Salesforce"
@@ -71,8 +72,10 @@ class Preset:
         """Where an embedded checkpoint lies; None for a released one."""
         return None if self.repo_id else Path(str(resources.files("blip2") / "assets" / self.name))
 
-    def config(self) -> Blip2Config:
+    def config(self) -> "Blip2Config":
         """The full-size configuration of a released checkpoint, as its Hub repository states it."""
+        from transformers import Blip2Config
+
         if self.repo_id is None:
             raise ValueError(f"{self.name} is embedded: read {self.folder}/config.json")
         qformer: dict = {"use_qformer_text_input": True, "vocab_size": 30523} if self.kind == "match" else {}

@@ -15,18 +15,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
+from .errors import PromptError
 from .images import CLIP_MEAN, CLIP_STD, ImageSource, open_image, preprocess
+from .settings import Style
 
 Family = Literal["opt", "t5", "bert"]
-Style = Literal["question", "short", "caption", "raw"]
 Turn = tuple[str, str]
 
 LAST_CALL = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id")
 MAX_PROMPT_CHARACTERS = 100_000  # beyond it even tokenizing is a burden; far above any model's context
-
-
-class PromptError(ValueError):
-    """A prompt that cannot be asked: empty, not text, or longer than the model reads."""
 
 
 class Processor:

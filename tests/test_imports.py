@@ -16,7 +16,7 @@ import blip2
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"devices", "fetch", "config"},
+    {"devices", "fetch", "config", "errors", "settings"},
     {"base", "vision", "qformer", "language"},
     {"representation", "model"},
     {
