@@ -1,6 +1,7 @@
 """The app's command line: what may be served where, and the server's beginning and end."""
 
 import argparse
+import inspect
 import ipaddress
 import os
 import shutil
@@ -8,9 +9,12 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
+from urllib.request import ProxyHandler, build_opener
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -121,6 +125,8 @@ def build(*, local: bool = False, model: str | None = None, votes: Path | None =
         votes: a file for votes on compared answers; default: none are kept.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it on import
+    with _no_stubs():
+        import gradio  # noqa: F401
     from blip2.presets import DEFAULT
     from blip2.ui.models import Models
     from blip2.ui.page import page
@@ -128,11 +134,29 @@ def build(*, local: bool = False, model: str | None = None, votes: Path | None =
     return page(Models(model or DEFAULT, local=local), votes)
 
 
+@contextmanager
+def _no_stubs() -> Iterator[None]:
+    """Spare a second of gradio's import.
+
+    For each component class it parses the source, to write a stub (.pyi) beside it; a class that has no file
+    gets none.
+    """
+    getfile = inspect.getfile
+
+    def refuse_classes(thing: Any) -> str:
+        if isinstance(thing, type):
+            raise OSError("no stub is wanted")
+        return getfile(thing)
+
+    with mock.patch.object(inspect, "getfile", refuse_classes):
+        yield
+
+
 def launch(demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = None) -> str:
-    """Start to serve a page and return its address; the server runs in threads of its own.
+    """Start to serve a page and return the address it answers at; the server runs in threads of its own.
 
     Raises:
-        OSError: the port, or all that were tried, are taken.
+        OSError: the port, or all that were tried, are taken; or the page does not answer.
     """
     from blip2.ui.examples import examples
     from blip2.ui.theme import CSS, THEME, favicon
@@ -161,6 +185,8 @@ def launch(demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = Non
         raise OSError(
             f"cannot listen on {host}: {tried} taken or not allowed; choose another --port"
         ) from error
+    with build_opener(ProxyHandler({})).open(address, timeout=30) as answer:  # this machine: by no proxy
+        answer.read()
     return address.rstrip("/")
 
 
@@ -179,14 +205,14 @@ def _serve(options: argparse.Namespace) -> None:
         models.get(models.default)  # the operator named it: what is wrong with it is said now
     try:
         address = launch(demo, host=options.host, port=options.port)
-        if advice := device_advice():
-            print(advice, file=sys.stderr)
         print(f"BLIP-2 is ready: {address}", flush=True)
         if not is_loopback(options.host):
             print("Others can reach it: they can upload pictures and use the models offered, no more.")
         print("Ctrl-C ends it.", flush=True)
+        if advice := device_advice():
+            print(advice, file=sys.stderr)
         try:
-            models.get(models.default)  # while the visitor looks around
+            models.get(models.default)  # while the visitor looks around; imports torch as well
         except ValueError as error:
             print(error, file=sys.stderr)
         threading.Event().wait()
