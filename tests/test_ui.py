@@ -34,6 +34,7 @@ from blip2.ui.caption import CaptionTab
 from blip2.ui.compare import VOTES, CompareTab, pair
 from blip2.ui.errors import friendly, question
 from blip2.ui.instruct import InstructTab
+from blip2.ui.line import Line
 from blip2.ui.models import Models
 from blip2.ui.page import DELETE_CACHE
 from blip2.ui.parameters import DESCRIBE, KEPT, Parameters
@@ -312,6 +313,21 @@ def test_presets_set_the_controls(questions):
         assert got.method == method and updates["num_beams"]["interactive"] == (method == "beam")
         if name == "Paper":
             assert got == (Generation.answer() if questions else Generation.caption())
+
+
+def test_first_come_first_served():
+    line, stop, leaving = Line(1), Stop(), Stop()
+    with line.ticket() as first:
+        assert list(line.wait(first, stop)) == []
+        with line.ticket() as second, line.ticket() as third:
+            waits, last = line.wait(second, leaving), line.wait(third, stop)
+            assert (next(waits), next(last)) == (1, 2)
+            leaving.set()
+            assert list(waits) == []  # a visitor who stops does not wait
+        with line.ticket() as fourth:
+            assert next(line.wait(fourth, stop)) == 1  # those who left are not counted
+    with line.ticket() as fifth:
+        assert list(line.wait(fifth, stop)) == []
 
 
 # --- the tabs, called as gradio calls them ---

@@ -17,6 +17,7 @@ from blip2.ui.compare import pair
 from blip2.ui.picture import Picture
 from blip2.ui.stop import Stop
 from blip2.ui.subject import Subject
+from blip2.ui.tab import AT_ONCE
 from blip2.ui.work import Work
 
 MATCHING = "scenes-itm"
@@ -76,7 +77,7 @@ class Api:
             api_name=function.__name__,
             api_visibility="public",
             concurrency_id="model",
-            concurrency_limit=2,
+            concurrency_limit=AT_ONCE,
         )
 
     def _open(self, image: File, model: str, force: bool) -> tuple[str, Subject]:
@@ -158,7 +159,8 @@ class Api:
         asked, (_, subject) = errors.question(question), self._open(image, "", force)
         task = (tasks.compare, names, subject, asked, Generation.answer(), None, None)
         turns: dict[int, Turn] = {}
-        for side, said in self.work.run(*task, stop=Stop()):
+        for item in self.work.run(*task, stop=Stop()):
+            side, said = item if isinstance(item, tuple) else (0, item)
             if isinstance(said, BaseException):
                 raise said
             if isinstance(said, Turn):

@@ -14,6 +14,7 @@ from blip2.chat import Turn
 from blip2.generation import Generation
 from blip2.presets import EMBEDDED, PRESETS
 from blip2.ui import tasks
+from blip2.ui.answers import Progress
 from blip2.ui.errors import friendly, question
 from blip2.ui.models import Models
 from blip2.ui.parameters import Parameters
@@ -124,7 +125,11 @@ class CompareTab(Tab):
             missing = [name for name in names if not self.models.is_loaded(name)]
             yield self.busy(*missing[:1] or names[:1]) | empty | self._votable(False)
             task = (tasks.compare, names, subject, text, generation, describe, style)
-            for side, said in self.work.run(*task, stop=stop):
+            for item in self.work.run(*task, stop=stop):
+                if isinstance(item, Progress):
+                    yield {self.note: note(item.doing)}
+                    continue
+                side, said = item
                 if isinstance(said, BaseException):
                     self.work.relieve(said, [names[side]])
                     yield {self.receipts[side]: note(friendly(said), "error")}

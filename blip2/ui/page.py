@@ -25,7 +25,7 @@ from blip2.ui.work import Work
 
 # Uploads: looked at every five minutes, deleted when older than fifty, so gone within the hour.
 DELETE_CACHE = (300, 3000)
-QUEUE = 64
+QUEUE = 64  # those who wait for a place in the line
 
 
 def page(models: Models, votes: Path | None = None) -> gr.Blocks:

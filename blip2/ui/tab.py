@@ -12,6 +12,7 @@ from blip2.ui.words import note
 from blip2.ui.work import Work
 
 Updates = dict[Any, Any]  # component -> what to change
+AT_ONCE = 64  # visitors asking; most of them wait in `Work`'s line, which says their place
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -56,7 +57,7 @@ class Tab:
             [self.go, self.halt, self.note, self.anyway, *outputs],
             show_progress="hidden",
             concurrency_id="model",
-            concurrency_limit=2,
+            concurrency_limit=AT_ONCE,
             api_visibility="private",
         )
         # what is left are bugs: without this the page would stay locked

@@ -13,11 +13,14 @@ from typing import Any
 from blip2.devices import is_out_of_memory
 from blip2.generation import Generation
 from blip2.ui import tasks
+from blip2.ui.answers import Progress
 from blip2.ui.errors import EXPECTED
+from blip2.ui.line import Line
 from blip2.ui.models import Models
 from blip2.ui.stop import Stop
 from blip2.ui.subject import Subject
 
+PLACES = 2  # calls at the same time: more would only make all of them slower
 LONGEST = 120  # seconds of GPU that a call may ask for
 
 
@@ -51,7 +54,7 @@ class Work:
     """
 
     def __init__(self, models: Models, gpu: Callable[..., Any] | None = None):
-        self.models = models
+        self.models, self.line = models, Line(PLACES)
         self._remote = gpu(duration=seconds)(self._carried_out) if gpu else None
 
     def run(
@@ -63,9 +66,10 @@ class Work:
         stop: Stop,
         kind: str = "generate",
     ) -> Iterator[Any]:
-        """Run a task, and yield what it yields; nothing if it is stopped before it begins.
+        """Run a task, and yield what it yields; nothing more if it is stopped before it begins.
 
-        Arguments are those of `Call`; the subject holds the outcome afterwards.
+        While others are served first it yields `Progress` that says so. Arguments are those of `Call`; the
+        subject holds the outcome afterwards.
 
         Raises:
             ValueError: the models or the task refuse; the message is for the visitor.
@@ -74,12 +78,15 @@ class Work:
         call = Call(task, tuple(names), subject, arguments, stop, kind)
         if self._remote is None:
             try:
-                yield from self._here(call)
+                with self.line.ticket() as ticket:
+                    for place in self.line.wait(ticket, stop):
+                        yield Progress(doing=f"You are number {place} in line ...")
+                    yield from self._here(call)
             except EXPECTED as error:
                 self.relieve(error, names)
                 raise
             return
-        stop.share()
+        stop.share()  # ZeroGPU has a line of its own
         try:
             for item in self._remote(call):
                 if isinstance(item, Subject):
@@ -110,6 +117,8 @@ class Work:
                 self.models.unload(name)
 
     def _here(self, call: Call) -> Iterator[Any]:
+        if call.stop.is_set():
+            return
         models = [self.models.get(name, call.kind) for name in call.names]
         if not call.stop.is_set():  # while they were loading
             yield from call.task(models, call.subject, *call.arguments, call.stop)
