@@ -9,12 +9,12 @@ import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .generation import Generation, TextCache, decode, describe, generate, num_descriptions
+from .generation import Generation, StopSignal, TextCache, decode, describe, generate, num_descriptions
 from .images import ImageSource
 from .model import Blip2
 from .processing import Processor, PromptError, Style
@@ -23,13 +23,24 @@ from .vision import ImageFeatures
 POOL_BYTES = 1 << 30
 
 
+class _EitherStop(threading.Event):
+    """An event of a chat's own that is also set once another signal is."""
+
+    def __init__(self, other: StopSignal | None):
+        super().__init__()
+        self._other = other
+
+    def is_set(self) -> bool:
+        return super().is_set() or (self._other is not None and self._other.is_set())
+
+
 class CachePool:
     """Key-value caches of many conversations under one limit; the least recently used leaves first."""
 
     def __init__(self, max_bytes: int = POOL_BYTES):
         self.max_bytes = max_bytes
         self._caches: OrderedDict[str, TextCache] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a conversation's end may drop its cache in the midst of `give`
 
     def take(self, owner: str) -> TextCache:
         """The owner's cache, out of the pool while it is in use; an empty one if it was evicted."""
@@ -79,6 +90,33 @@ class Turn:
     num_tokens: int = 0
     dropped: int = 0
 
+    @property
+    def notice(self) -> str:
+        """What the visitor should know about how the answer came about."""
+        if not self.dropped:
+            return ""
+        turns = "turn was" if self.dropped == 1 else f"{self.dropped} turns were"
+        return f"The conversation outgrew the model's context: the oldest {turns} left out."
+
+
+@dataclass(eq=False)
+class Conversation:
+    """What a chat goes on from: plain tensors and text, so that it can be pickled; caches stay behind.
+
+    Attributes:
+        image: the picture as the model sees it; None before there is one.
+        turns: questions and answers so far.
+        description: what the model said of the picture, and read before the questions.
+        described: in how many captions.
+        key: names its key-value cache in the pool.
+    """
+
+    image: ImageFeatures | None = None
+    turns: list[Turn] = field(default_factory=list)
+    description: str = ""
+    described: int = 0
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+
 
 class Chat:
     """Multi-turn chat about one picture.
@@ -86,32 +124,49 @@ class Chat:
     Args:
         model: stage 2.
         processor: its processor.
+        conversation: one to go on with; by default a new one.
         pool: where key-value caches live between turns; by default one pool serves the whole process.
         style: frame of the questions; by default the paper's for this language model.
         describe: how many captions of its own the model reads between picture and questions; 0 for none, by
             default as many as the checkpoint answers best with.
+        stop: ends every answer within one token once set, as `stop()` ends the one under way; anything with
+            `is_set()`.
     """
 
     def __init__(
         self,
         model: Blip2,
         processor: Processor,
+        conversation: Conversation | None = None,
         *,
         pool: CachePool | None = None,
         style: Style | None = None,
         describe: int | None = None,
+        stop: StopSignal | None = None,
     ):
         self.model, self.processor = model, processor
+        self.conversation = conversation or Conversation()
         self.describe = num_descriptions(model, describe)
-        self.description, self._described = "", 0
         self.style: Style = style or processor.question_style
-        self.turns: list[Turn] = []
-        self.image: ImageFeatures | None = None
         self._pool = pool or _POOL
-        self._key = uuid.uuid4().hex
-        self._stop = threading.Event()
+        self._stop = _EitherStop(stop)
         self._busy = threading.Lock()
-        weakref.finalize(self, self._pool.drop, self._key)
+        weakref.finalize(self.conversation, self._pool.drop, self.conversation.key)
+
+    @property
+    def turns(self) -> list[Turn]:
+        """Questions and answers so far; may be changed."""
+        return self.conversation.turns
+
+    @property
+    def image(self) -> ImageFeatures | None:
+        """The picture, encoded."""
+        return self.conversation.image
+
+    @property
+    def description(self) -> str:
+        """What the model said of the picture, and reads before the questions."""
+        return self.conversation.description
 
     # --- the picture ---
 
@@ -127,10 +182,11 @@ class Chat:
             image = self.model.encode_image(self.processor.images(image).to(device))
         if len(image) != 1:
             raise ValueError(f"a chat is about one picture, not {len(image)}")
-        self.image, self.description, self._described = image, "", 0
-        self._pool.drop(self._key)
+        talk = self.conversation
+        talk.image, talk.description, talk.described = image, "", 0
+        self._pool.drop(talk.key)
         if not keep_turns:
-            self.turns.clear()
+            talk.turns.clear()
 
     # --- asking ---
 
@@ -158,13 +214,13 @@ class Chat:
         if generation.num_captions != 1:
             raise ValueError(f"a chat turn has one answer; num_captions is {generation.num_captions}")
         wanted = 0 if self.style == "raw" else self.describe
-        if wanted != self._described:
+        if wanted != self.conversation.described:
             self._stop.clear()
             [description] = describe(self.model, self.processor, self.image, wanted, self._stop)
             if self._stop.is_set():
                 self.turns.append(Turn(question))
                 return iter("")
-            self.description, self._described = description, wanted
+            self.conversation.description, self.conversation.described = description, wanted
         turn, tokens = self._prompt(question, generation)
         return self._answer(turn, tokens, self.image, generation)
 
@@ -217,7 +273,7 @@ class Chat:
     ) -> Iterator[str]:
         device = image.image_embeds.device
         tokens = {name: value.to(device) for name, value in tokens.items()}
-        cache, avoid = self._pool.take(self._key), self.processor.spellings(generation.avoid)
+        cache, avoid = self._pool.take(self.conversation.key), self.processor.spellings(generation.avoid)
         ids: list[int] = []
         try:
             for token in decode(self.model, image, tokens, generation, cache, avoid):
@@ -236,7 +292,7 @@ class Chat:
             raise
         finally:
             if self.model.is_decoder_only and not self.model.question_in_qformer:
-                self._pool.give(self._key, cache)
+                self._pool.give(self.conversation.key, cache)
 
     def stop(self) -> None:
         """End the answer under way within one token; safe from any thread."""
@@ -260,23 +316,15 @@ class Chat:
         """Ask turn `index` (from 0) differently; the turns after it are forgotten."""
         if not 0 <= index < len(self.turns):
             raise ValueError(f"there is no turn {index}: this chat has {len(self.turns)}")
-        before, self.turns = self.turns, self.turns[:index]
+        before = list(self.turns)
+        del self.turns[index:]
         try:
             return self.stream(question, generation, **settings)
         except ValueError:
-            self.turns = before
+            self.turns[:] = before
             raise
 
     def clear(self) -> None:
         """Forget all turns; the picture stays."""
         self.turns.clear()
-        self._pool.drop(self._key)
-
-    @property
-    def notices(self) -> list[str]:
-        """What the visitor should know about how the last answer came about."""
-        dropped = self.turns[-1].dropped if self.turns else 0
-        turns = "turn was" if dropped == 1 else f"{dropped} turns were"
-        return (
-            [f"The conversation outgrew the model's context: the oldest {turns} left out."] if dropped else []
-        )
+        self._pool.drop(self.conversation.key)

@@ -9,7 +9,6 @@ layers, T tokens.
 """
 
 import math
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from .base import Blip2Base
+from .generation import StopSignal
 from .model import Blip2
 from .processing import Processor
 from .vision import ImageFeatures
@@ -116,7 +116,7 @@ def occlusion(
     question: str | None = None,
     grid: int = 8,
     batch_size: int = 16,
-    stop: threading.Event | None = None,
+    stop: StopSignal | None = None,
 ) -> Tensor:
     """How much each part of a picture matters to an answer.
 

@@ -7,7 +7,7 @@ it after any token and hand its key-value cache to the next turn; beam search is
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,13 @@ from .vision import ImageFeatures
 
 DESCRIPTION = "a photo of"  # what a description goes on from
 MAX_DESCRIPTIONS = 20  # captions in one: more are the same again, and fill the context
+
+
+class StopSignal(Protocol):
+    """What asks an answer to end: a `threading.Event`, or what else can tell."""
+
+    def is_set(self) -> bool:
+        """Whether to end."""
 
 
 @dataclass
@@ -65,7 +72,7 @@ class TextCache:
 class Stop(StoppingCriteria):
     """Ends a beam search after the current token once the event is set."""
 
-    def __init__(self, event: threading.Event):
+    def __init__(self, event: StopSignal):
         self.event = event
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
@@ -171,7 +178,7 @@ def generate(
     image: ImageFeatures,
     prompts: str | list[str],
     generation: Generation,
-    stop: threading.Event | None = None,
+    stop: StopSignal | None = None,
     questions: list[str] | None = None,
 ) -> list[list[str]]:
     """Answer prompts about one image, or one prompt (or a prompt each) about many.
@@ -224,7 +231,7 @@ def describe(
     processor: Processor,
     image: ImageFeatures,
     captions: int = 1,
-    stop: threading.Event | None = None,
+    stop: StopSignal | None = None,
 ) -> list[str]:
     """What the model says of each image by itself, for "describe, then answer".
 

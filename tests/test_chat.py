@@ -149,7 +149,7 @@ def test_oldest_turns_leave_when_the_context_is_full(chat):
     for _ in range(8):
         chat.ask("what color is the circle left of the star ?", LONG)
     assert chat.turns[0].dropped == 0 and chat.turns[-1].dropped > 0
-    assert "oldest" in chat.notices[0] and "left out" in chat.notices[0]
+    assert "oldest" in chat.turns[-1].notice and "left out" in chat.turns[-1].notice
     assert chat.turns[-1].prompt.count("Question:") == 8 - chat.turns[-1].dropped
 
 

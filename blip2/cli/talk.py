@@ -170,7 +170,7 @@ class Conversation:
             print(flush=True)
         if not self.chat.turns[-1].answer:
             self.console.note("the model answered with nothing")
-        for notice in self.chat.notices:
+        if notice := self.chat.turns[-1].notice:
             self.console.note(notice)
 
 

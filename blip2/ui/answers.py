@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from blip2.chat import Chat
 from blip2.generation import Generation
+from blip2.ui.stop import Stop
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ class Background(Generic[T]):
     Leaving the iteration early, as when a page is closed, sets `stop`.
     """
 
-    def __init__(self, function: Callable[[], T], stop: threading.Event):
+    def __init__(self, function: Callable[[], T], stop: Stop):
         self._function, self._stop = function, stop
         self._done = threading.Event()
         self._outcome: list[T] = []
@@ -61,32 +61,22 @@ class Progress:
     doing: str = ""
 
 
-def streamed(
-    chat: Chat, start: Callable[[], Iterator[str]], generation: Generation, stop: threading.Event
-) -> Iterator[Progress]:
-    """Follow an answer that `start` begins in `chat`; once `stop` is set decoding ends within one token."""
+def streamed(start: Callable[[], Iterator[str]], generation: Generation, stop: Stop) -> Iterator[Progress]:
+    """Follow an answer that `start` begins, and that heeds `stop`."""
     if generation.method == "beam":
         search = Background(lambda: "".join(start()), stop)
-        try:
-            for seconds in search.ticks():
-                if stop.is_set():
-                    chat.stop()
-                yield Progress(doing=f"Searching with {generation.num_beams} beams, {seconds:.0f} s ...")
-        finally:
-            chat.stop()
+        for seconds in search.ticks():
+            yield Progress(doing=f"Searching with {generation.num_beams} beams, {seconds:.0f} s ...")
         yield Progress(search.result())
         return
-    pieces, text = start(), ""
-    for piece in pieces:
+    text = ""
+    for piece in start():
         text += piece
         yield Progress(text)
-        if stop.is_set():
-            pieces.close()  # type: ignore[attr-defined]
-            return
 
 
 def together(
-    runs: Sequence[Callable[[], Iterator[T]]], stop: threading.Event
+    runs: Sequence[Callable[[], Iterator[T]]], stop: Stop
 ) -> Iterator[tuple[int, T | BaseException | None]]:
     """What several iterators give, each followed in a thread of its own, as it comes.
 

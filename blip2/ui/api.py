@@ -11,14 +11,14 @@ from typing import Any
 import gradio as gr
 
 from blip2.chat import Turn
-from blip2.checkpoint import Loaded
-from blip2.generation import Generation, describe, generate, num_descriptions
-from blip2.model import Blip2
-from blip2.representation import Blip2Representation
+from blip2.generation import Generation
+from blip2.ui import errors, tasks
 from blip2.ui.compare import pair
-from blip2.ui.models import Models
 from blip2.ui.picture import Picture
-from blip2.ui.session import EXPECTED, Session, friendly, question
+from blip2.ui.stop import Stop
+from blip2.ui.subject import Subject
+from blip2.ui.tab import AT_ONCE
+from blip2.ui.work import Work
 
 MATCHING = "scenes-itm"
 File = tuple[str | None, str]
@@ -27,8 +27,8 @@ File = tuple[str | None, str]
 class Api:
     """The functions over a shelf of models; `add` makes them endpoints of the page being built."""
 
-    def __init__(self, models: Models):
-        self.models = models
+    def __init__(self, work: Work):
+        self.work, self.models = work, work.models
 
     def add(self) -> None:
         """Add the endpoints /caption, /answer, /chat, /compare and /match."""
@@ -67,8 +67,8 @@ class Api:
         def guarded(*values: Any) -> Any:
             try:
                 return function(*values)
-            except EXPECTED as error:
-                raise gr.Error(friendly(error), print_exception=False) from None
+            except errors.EXPECTED as error:
+                raise gr.Error(errors.friendly(error), print_exception=False) from None
 
         gr.Button(visible=False).click(
             guarded,
@@ -77,15 +77,13 @@ class Api:
             api_name=function.__name__,
             api_visibility="public",
             concurrency_id="model",
-            concurrency_limit=2,
+            concurrency_limit=AT_ONCE,
         )
 
-    def _open(self, image: File, model: str, force: bool) -> tuple[Session, Loaded]:
-        loaded = self.models.get((model or self.models.default).strip())
-        session = Session()
-        session.look(*image)
-        session.anyway = bool(force)
-        return session, loaded
+    def _open(self, image: File, model: str, force: bool) -> tuple[str, Subject]:
+        subject = Subject.of_file(*image)
+        subject.anyway = bool(force)
+        return (model or self.models.default).strip(), subject
 
     def caption(
         self, image: File, prompt: str = "", num_captions: int = 1, model: str = "", force: bool = False
@@ -102,11 +100,9 @@ class Api:
         Returns:
             The captions, likeliest first.
         """
-        session, loaded = self._open(image, model, force)
-        assert isinstance(loaded.model, Blip2)
+        name, subject = self._open(image, model, force)
         settings = Generation.caption(num_captions=int(num_captions))
-        prompt = loaded.processor.prompt(prompt or "", "caption")
-        return generate(loaded.model, loaded.processor, session.features(loaded), prompt, settings)[0]
+        return self.work.last(tasks.caption, [name], subject, prompt or "", settings, stop=Stop())
 
     def answer(self, image: File, question: str, model: str = "", force: bool = False) -> str:
         """Answer a question about a picture in a few words.
@@ -120,8 +116,9 @@ class Api:
         Returns:
             The answer.
         """
-        session, loaded = self._open(image, model, force)
-        return self._answer(session, loaded, question)["answer"]
+        asked, (name, subject) = errors.question(question), self._open(image, model, force)
+        task = (tasks.instruct, [name], subject, asked, Generation.answer(), None, None)
+        return self.work.last(*task, stop=Stop()).answer
 
     def chat(self, image: File, messages: list[dict[str, str]], model: str = "", force: bool = False) -> str:
         """Go on with a conversation about a picture.
@@ -137,11 +134,10 @@ class Api:
             The model's reply.
         """
         turns = _turns(messages)
-        session, loaded = self._open(image, model, force)
-        chat = session.conversation(loaded)
-        for asked, answered in turns[:-1]:
-            chat.turns.append(Turn(asked, answered))
-        return chat.ask(turns[-1][0])
+        name, subject = self._open(image, model, force)
+        subject.conversation.turns += [Turn(asked, answered) for asked, answered in turns[:-1]]
+        task = (tasks.talk, [name], subject, turns[-1][0], Generation.answer(), None, None)
+        return self.work.last(*task, stop=Stop()).answer
 
     def compare(
         self, image: File, question: str, first_model: str = "", second_model: str = "", force: bool = False
@@ -159,12 +155,20 @@ class Api:
             For each: model, prompt as it was sent, and answer.
         """
         first, second = pair(self.models)
-        names = (first_model or first, second_model or second)
-        found = []
-        for name in names:
-            session, loaded = self._open(image, name, force)
-            found.append(self._answer(session, loaded, question))
-        return found
+        names = [(first_model or first).strip(), (second_model or second).strip()]
+        asked, (_, subject) = errors.question(question), self._open(image, "", force)
+        task = (tasks.compare, names, subject, asked, Generation.answer(), None, None)
+        turns: dict[int, Turn] = {}
+        for item in self.work.run(*task, stop=Stop()):
+            side, said = item if isinstance(item, tuple) else (0, item)
+            if isinstance(said, BaseException):
+                raise said
+            if isinstance(said, Turn):
+                turns[side] = said
+        return [
+            {"model": name, "prompt": turns[side].prompt, "answer": turns[side].answer}
+            for side, name in enumerate(names)
+        ]
 
     def match(
         self, image: File, texts: list[str], model: str = "", force: bool = False
@@ -183,28 +187,13 @@ class Api:
         fine = isinstance(texts, list) and all(isinstance(text, str) and text.strip() for text in texts)
         if not texts or not fine:
             raise ValueError("texts must be a list of one or more texts that are not empty.")
-        loaded = self.models.get((model or MATCHING).strip(), "match")
-        assert isinstance(loaded.model, Blip2Representation)
-        session = Session()
-        session.look(*image)
-        session.anyway = bool(force)
-        features = session.features(loaded)
-        tokens = {name: ids.to(loaded.device) for name, ids in loaded.processor.text(texts).items()}
-        itm, itc = (loaded.model.score(features, **tokens, head=head)[0].tolist() for head in ("itm", "itc"))
+        name, subject = self._open(image, model or MATCHING, force)
+        scores = self.work.last(tasks.match, [name], subject, texts, stop=Stop(), kind="match")
         rows = [
             {"text": text, "match": match, "cosine": cosine}
-            for text, match, cosine in zip(texts, itm, itc, strict=True)
+            for text, (match, cosine) in zip(texts, scores, strict=True)
         ]
         return sorted(rows, key=lambda row: -row["match"])
-
-    def _answer(self, session: Session, loaded: Loaded, asked: str) -> dict[str, str]:
-        model, processor = loaded.model, loaded.processor
-        assert isinstance(model, Blip2)
-        asked, features = question(asked), session.features(loaded)
-        [description] = describe(model, processor, features, num_descriptions(model))
-        prompt = processor.prompt(asked, processor.question_style, description=description)
-        [[answer]] = generate(model, processor, features, prompt, Generation.answer(), questions=[asked])
-        return {"model": loaded.name, "prompt": prompt, "answer": answer}
 
 
 def _turns(messages: Any) -> list[tuple[str, str]]:
@@ -224,4 +213,4 @@ def _turns(messages: Any) -> list[tuple[str, str]]:
             "taking turns, beginning and ending with user."
         )
     said = [message["content"] for message in messages] + [""]
-    return [(question(asked), answered) for asked, answered in zip(said[::2], said[1::2], strict=True)]
+    return [(errors.question(asked), answered) for asked, answered in zip(said[::2], said[1::2], strict=True)]

@@ -7,14 +7,14 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.generation import Generation, generate
+from blip2.generation import Generation
 from blip2.presets import PRESETS
-from blip2.ui.answers import Background
-from blip2.ui.models import Models
+from blip2.ui import tasks
 from blip2.ui.parameters import Parameters
 from blip2.ui.session import Session
 from blip2.ui.tab import Tab, Updates
 from blip2.ui.words import note, receipt, settings_text
+from blip2.ui.work import Work
 
 EMPTY = '<div class="captions empty">The captions will stand here.</div>'
 
@@ -22,8 +22,8 @@ EMPTY = '<div class="captions empty">The captions will stand here.</div>'
 class CaptionTab(Tab):
     """Controls and events; see `Tab`."""
 
-    def __init__(self, models: Models, state: gr.State, picture: gr.Image):
-        super().__init__(models, state, picture)
+    def __init__(self, work: Work, state: gr.State, picture: gr.Image):
+        super().__init__(work, state, picture)
         self.parameters = Parameters(Generation.caption(num_captions=3), several=True)
         with gr.Row(elem_classes="actions"):
             self.go = gr.Button("Caption the picture", variant="primary", min_width=160)
@@ -46,33 +46,22 @@ class CaptionTab(Tab):
         session.look(*picture)
         name, subject = session.model or self.models.default, session.subject
         prompt = PRESETS[name].prompt if name in PRESETS else ""
-        start = time.monotonic()
-
-        def work() -> list[str]:
-            loaded = self.models.get(name)
-            model: Any = loaded.model
-            [captions] = generate(model, loaded.processor, session.features(loaded), prompt, generation, stop)
-            return captions
-
+        captions, start = None, time.monotonic()
         with session.answering() as stop:
             yield self.busy(name) | {self.receipt: ""}
-            writing = Background(work, stop)
-            for seconds in writing.ticks():
-                yield {self.note: note(f"{_doing(generation)}, {seconds:.0f} s ...")}
-            captions, stopped = writing.result(), stop.is_set()
+            for said in self.work.run(tasks.caption, [name], subject, prompt, generation, stop=stop):
+                if isinstance(said, list):
+                    captions = said
+                else:
+                    yield {self.note: note(said.doing)}
+            stopped = stop.is_set()
         yield self.idle(session)
-        if session.subject != subject:
+        if session.subject is not subject:
             return  # the visitor has moved on to another picture or model
-        facts = [settings_text(generation), f"{time.monotonic() - start:.1f} s"]
-        yield {
-            self.note: note("Stopped." if stopped else ""),
-            self.captions: _list(captions),
-            self.receipt: receipt(name, prompt, facts),
-        }
-
-
-def _doing(generation: Generation) -> str:
-    return f"Searching with {generation.num_beams} beams" if generation.method == "beam" else "Writing"
+        yield {self.note: note("Stopped." if stopped else "")}
+        if captions is not None:
+            facts = [settings_text(generation), f"{time.monotonic() - start:.1f} s"]
+            yield {self.captions: _list(captions), self.receipt: receipt(name, prompt, facts)}
 
 
 def _list(captions: list[str]) -> str:

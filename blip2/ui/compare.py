@@ -10,15 +10,18 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.chat import Chat
-from blip2.generation import Generation, num_descriptions
+from blip2.chat import Turn
+from blip2.generation import Generation
 from blip2.presets import EMBEDDED, PRESETS
-from blip2.ui.answers import streamed, together
+from blip2.ui import tasks
+from blip2.ui.answers import Progress
+from blip2.ui.errors import friendly, question
 from blip2.ui.models import Models
 from blip2.ui.parameters import Parameters
-from blip2.ui.session import EXPECTED, Session, friendly, question
-from blip2.ui.tab import QUIET, Tab, Updates, unknown_words
+from blip2.ui.session import Session
+from blip2.ui.tab import QUIET, Tab, Updates
 from blip2.ui.words import SILENCE, counted, note, receipt, settings_text
+from blip2.ui.work import Work
 
 SIDES = ("A", "B")
 VOTES = ("A is better", "B is better", "Tie", "Neither")
@@ -31,8 +34,8 @@ class CompareTab(Tab):
         votes: a file that votes are appended to, with the texts they are about; None keeps none.
     """
 
-    def __init__(self, models: Models, state: gr.State, picture: gr.Image, votes: Path | None = None):
-        super().__init__(models, state, picture)
+    def __init__(self, work: Work, state: gr.State, picture: gr.Image, votes: Path | None = None):
+        super().__init__(work, state, picture)
         self.votes_file = votes
         self.box = gr.Textbox(
             label="Question for both", placeholder="what color is the circle?", max_lines=8, elem_id="both"
@@ -40,13 +43,13 @@ class CompareTab(Tab):
         with gr.Row():
             self.picks = [
                 gr.Dropdown(
-                    models.choices(),
+                    self.models.choices(),
                     value=name,
                     label=f"Model {side}",
-                    allow_custom_value=models.local,
+                    allow_custom_value=self.models.local,
                     min_width=220,
                 )
-                for side, name in zip(SIDES, pair(models), strict=True)
+                for side, name in zip(SIDES, pair(self.models), strict=True)
             ]
         same = gr.Checkbox(
             False,
@@ -107,71 +110,53 @@ class CompareTab(Tab):
         *values: Any,
     ) -> Iterator[Updates]:
         """Ask both; yields what to change on the page."""
-        generation = self.parameters.generation(values)
+        generation, describe = self.parameters.generation(values), self.parameters.describe(values)
         text = question(text)
         session.look(*picture)
         session.compared = None
         names = [name.strip() for name in (first, second) if name and name.strip()]
         if len(names) < 2:
             raise ValueError("There are two models to choose: A or B is empty.")
-        subject = session.subject
+        subject, style = session.subject, "raw" if same else None
+        turns: dict[int, Turn] = {}
+        start = time.monotonic()
         with session.answering() as stop:
-            yield (
-                self.busy(names[0])
-                | dict.fromkeys((*self.answers, *self.receipts), "")
-                | self._votable(False)
-            )
-            chats, unknown = [], []
-            for name in names:
-                if not self.models.is_loaded(name):
-                    yield {self.note: note(f"Loading {name} ...")}
-                loaded = self.models.get(name)
-                chat = session.single(loaded, "raw" if same else None)
-                chat.describe = num_descriptions(chat.model, self.parameters.describe(values))
-                chats.append(chat)
-                unknown.append(unknown_words(loaded, text))
-            start = time.monotonic()
-            runs = [
-                partial(streamed, chat, partial(chat.stream, text, generation), generation, stop)
-                for chat in chats
-            ]
-            took: dict[int, float] = {}
-            failed: dict[int, str] = {}
-            for side, said in together(runs, stop):
-                if said is None:
-                    took[side] = time.monotonic() - start
-                    yield self._finished(side, names, chats, generation, took[side])
-                elif isinstance(said, EXPECTED):
-                    failed[side] = friendly(said)
-                    yield {self.receipts[side]: note(failed[side], "error")}
-                elif isinstance(said, BaseException):
-                    raise said
+            empty = dict.fromkeys((*self.answers, *self.receipts), "")
+            missing = [name for name in names if not self.models.is_loaded(name)]
+            yield self.busy(*missing[:1] or names[:1]) | empty | self._votable(False)
+            task = (tasks.compare, names, subject, text, generation, describe, style)
+            for item in self.work.run(*task, stop=stop):
+                if isinstance(item, Progress):
+                    yield {self.note: note(item.doing)}
+                    continue
+                side, said = item
+                if isinstance(said, BaseException):
+                    self.work.relieve(said, [names[side]])
+                    yield {self.receipts[side]: note(friendly(said), "error")}
+                elif isinstance(said, Turn):
+                    turns[side] = said
+                    yield self._finished(side, names[side], said, generation, time.monotonic() - start)
                 else:
                     yield {self.answers[side]: said.text, self.note: note(said.doing)}
             stopped = stop.is_set()
         yield self.idle(session)
-        if session.subject != subject:
+        if session.subject is not subject:
             return  # the visitor has moved on to another picture
-        yield {self.note: note("Stopped." if stopped else " ".join(dict.fromkeys(unknown)).strip())}
-        if len(took) == 2 and not stopped:
-            session.compared = {
-                "question": text,
-                "settings": asdict(generation),
-                **{
-                    side: {"model": name, "prompt": chat.turns[-1].prompt, "answer": chat.turns[-1].answer}
-                    for side, name, chat in zip(SIDES, names, chats, strict=True)
-                },
+        unknown = dict.fromkeys(self.work.unknown_words(name, text) for name in names)
+        yield {self.note: note("Stopped." if stopped else " ".join(unknown).strip())}
+        if len(turns) == 2 and not stopped:
+            sides = {
+                side: {"model": names[which], "prompt": turns[which].prompt, "answer": turns[which].answer}
+                for which, side in enumerate(SIDES)
             }
+            session.compared = {"question": text, "settings": asdict(generation), **sides}
             yield self._votable(True)
 
-    def _finished(
-        self, side: int, names: list[str], chats: list[Chat], generation: Generation, seconds: float
-    ) -> Updates:
-        turn = chats[side].turns[-1]
+    def _finished(self, side: int, name: str, turn: Turn, generation: Generation, seconds: float) -> Updates:
         facts = [settings_text(generation), counted(turn.num_tokens, "token"), f"{seconds:.1f} s"]
         return {
             self.answers[side]: turn.answer or SILENCE,
-            self.receipts[side]: receipt(names[side], turn.prompt, facts),
+            self.receipts[side]: receipt(name, turn.prompt, facts),
         }
 
     def vote(self, text: str, session: Session) -> Updates:

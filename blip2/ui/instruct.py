@@ -6,14 +6,16 @@ from typing import Any, get_args
 
 import gradio as gr
 
-from blip2.generation import Generation, num_descriptions
+from blip2.chat import Turn
+from blip2.generation import Generation
 from blip2.processing import Style
-from blip2.ui.answers import streamed
-from blip2.ui.models import Models
+from blip2.ui import tasks
+from blip2.ui.errors import question
 from blip2.ui.parameters import Parameters
-from blip2.ui.session import Session, question
-from blip2.ui.tab import Tab, Updates, unknown_words
+from blip2.ui.session import Session
+from blip2.ui.tab import Tab, Updates
 from blip2.ui.words import SILENCE, counted, note, receipt, settings_text
+from blip2.ui.work import Work
 
 FRAMES = [
     ("The model's own question frame", "auto"),
@@ -26,8 +28,8 @@ FRAMES = [
 class InstructTab(Tab):
     """Controls and events; see `Tab`."""
 
-    def __init__(self, models: Models, state: gr.State, picture: gr.Image):
-        super().__init__(models, state, picture)
+    def __init__(self, work: Work, state: gr.State, picture: gr.Image):
+        super().__init__(work, state, picture)
         self.box = gr.Textbox(
             label="Instruction",
             placeholder="what color is the circle?",
@@ -70,35 +72,31 @@ class InstructTab(Tab):
         self, session: Session, picture: tuple[str | None, str], text: str, frame: str, *values: Any
     ) -> Iterator[Updates]:
         """Answer one instruction; yields what to change on the page."""
-        generation = self.parameters.generation(values)
+        generation, describe = self.parameters.generation(values), self.parameters.describe(values)
         text = question(text)
         session.look(*picture)
         name, subject = session.model or self.models.default, session.subject
-        start = time.monotonic()
+        style: Style | None = next((style for style in get_args(Style) if style == frame), None)
+        turn, start = None, time.monotonic()
         with session.answering() as stop:
             yield self.busy(name) | {self.answer: "", self.receipt: ""}
-            loaded = self.models.get(name)
-            style: Style | None = next((style for style in get_args(Style) if style == frame), None)
-            chat = session.single(loaded, style)
-            chat.describe = num_descriptions(chat.model, self.parameters.describe(values))
-            if stop.is_set():  # while it was loading
-                yield self.idle(session) | {self.note: note("Stopped.")}
-                return
-            for progress in streamed(chat, lambda: chat.stream(text, generation), generation, stop):
-                yield {self.answer: progress.text, self.note: note(progress.doing)}
+            task = (tasks.instruct, [name], subject, text, generation, describe, style)
+            for said in self.work.run(*task, stop=stop):
+                if isinstance(said, Turn):
+                    turn = said
+                else:
+                    yield {self.answer: said.text, self.note: note(said.doing)}
             stopped = stop.is_set()
         yield self.idle(session)
-        if session.subject != subject:
+        if session.subject is not subject:
             return  # the visitor has moved on to another picture or model
-        turn = chat.turns[-1]
+        yield {self.note: note("Stopped." if stopped else self.work.unknown_words(name, text))}
+        if turn is None:  # stopped while the model was loading
+            return
         session.remember(name, turn)
         facts = [
             settings_text(generation),
             counted(turn.num_tokens, "token"),
             f"{time.monotonic() - start:.1f} s",
         ]
-        yield {
-            self.note: note("Stopped." if stopped else unknown_words(loaded, text)),
-            self.answer: turn.answer or SILENCE,
-            self.receipt: receipt(name, turn.prompt, facts),
-        }
+        yield {self.answer: turn.answer or SILENCE, self.receipt: receipt(name, turn.prompt, facts)}

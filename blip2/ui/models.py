@@ -69,6 +69,10 @@ class Models:
             _check_kind(self._loaded[name], kind)
             return self._loaded[name]
 
+    def unload(self, name: str) -> None:
+        """Let go of a model; who still uses it keeps it."""
+        self._loaded.pop(name, None)
+
     def _check_allowed(self, name: str) -> None:
         if name in EMBEDDED or name == self.default or self.local:
             return

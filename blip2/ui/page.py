@@ -11,19 +11,21 @@ from blip2.images import ImageError
 from blip2.ui.api import Api
 from blip2.ui.caption import CaptionTab
 from blip2.ui.compare import CompareTab
+from blip2.ui.errors import EXPECTED, friendly
 from blip2.ui.instruct import InstructTab
 from blip2.ui.models import Models
 from blip2.ui.picture import PictureBox, refused
-from blip2.ui.session import EXPECTED, Session, friendly
+from blip2.ui.session import Session
 from blip2.ui.tab import Tab, Updates
 from blip2.ui.talk import ChatTab
 from blip2.ui.theme import HEADER
 from blip2.ui.why import Why
 from blip2.ui.words import note
+from blip2.ui.work import Work
 
 # Uploads: looked at every five minutes, deleted when older than fifty, so gone within the hour.
 DELETE_CACHE = (300, 3000)
-QUEUE = 64
+QUEUE = 64  # those who wait for a place in the line
 
 
 def page(models: Models, votes: Path | None = None) -> gr.Blocks:
@@ -34,7 +36,7 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
         votes: a file for votes on compared answers; None keeps none.
     """
     with gr.Blocks(title="BLIP-2", analytics_enabled=False, delete_cache=DELETE_CACHE) as demo:
-        state = gr.State(Session())
+        state, work = gr.State(Session()), Work(models)
         with gr.Row(elem_id="top", equal_height=True):
             gr.HTML(HEADER, elem_id="header")
             picker = gr.Dropdown(
@@ -53,31 +55,31 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
         with gr.Row(elem_id="main"):
             with gr.Column(scale=5, min_width=320, elem_id="look"):
                 box = PictureBox()
-                why = Why(models, state, box.picture)
+                why = Why(work, state, box.picture)
                 with gr.Accordion("About the model", open=False, elem_classes="settings"):
                     card = gr.HTML(models.card(models.default), elem_id="card")
             with gr.Column(scale=7, min_width=320, elem_id="ask"), gr.Tabs():
                 with gr.Tab("Chat", id="chat"):
-                    chat = ChatTab(models, state, box.picture)
+                    chat = ChatTab(work, state, box.picture)
                 with gr.Tab("Caption", id="caption", render_children=True):
-                    caption = CaptionTab(models, state, box.picture)
+                    caption = CaptionTab(work, state, box.picture)
                 with gr.Tab("Instruct", id="instruct", render_children=True):
-                    instruct = InstructTab(models, state, box.picture)
+                    instruct = InstructTab(work, state, box.picture)
                 with gr.Tab("Compare", id="compare", render_children=True):
-                    compare = CompareTab(models, state, box.picture, votes)
+                    compare = CompareTab(work, state, box.picture, votes)
         tabs: list[Tab] = [chat, caption, instruct, compare, why]
         cleared = [component for tab in tabs for component in tab.cleared()]
 
         def look(session: Session, picture: tuple[str | None, str]) -> Updates:
             """The page after the picture changed, by whatever way."""
-            talked = session.chat is not None
+            talked = bool(session.turns)
             if picture[0] is None:
                 return {box.note: gr.skip()}  # the empty box itself says what to do
             try:
                 if not session.look(*picture):
                     return {box.note: gr.skip()}
             except ImageError as error:
-                value, sentence = refused(error, session.path)
+                value, sentence = refused(error, session.subject.path)
                 return {box.picture: value, box.note: sentence}
             updates: Updates = {box.note: ""}
             for tab in tabs:
@@ -99,7 +101,7 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
                 about = {card: models.card(name)} if name in models.names else {}
                 yield {model_note: note(sentence, "error"), picker: before, **about}
                 return
-            talked = session.chat is not None
+            talked = bool(session.turns)
             session.use(name)
             updates: Updates = {
                 model_note: "",
@@ -129,7 +131,7 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
             [picker, model_note, notice, card, *chat.suggestions, *cleared],
             **private,
         )
-        Api(models).add()
+        Api(work).add()
     demo.queue(max_size=QUEUE, default_concurrency_limit=8)
     demo.blip2_models = models
     return demo

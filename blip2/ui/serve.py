@@ -166,6 +166,7 @@ def launch(demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = Non
         "css": CSS,
         "favicon_path": favicon(),
         "quiet": True,
+        "max_threads": 100,  # those in line take one now and then
         "prevent_thread_lock": True,
         "share": False,
         "allowed_paths": [str(file) for file in examples()],

@@ -5,13 +5,14 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.checkpoint import Loaded
 from blip2.novelty import UnknownPictureError
-from blip2.ui.models import Models
-from blip2.ui.session import EXPECTED, Session, friendly
+from blip2.ui.errors import EXPECTED, friendly
+from blip2.ui.session import Session
 from blip2.ui.words import note
+from blip2.ui.work import Work
 
 Updates = dict[Any, Any]  # component -> what to change
+AT_ONCE = 64  # visitors asking; most of them wait in `Work`'s line, which says their place
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
@@ -19,7 +20,7 @@ class Tab:
     """Base of the tabs.
 
     Args:
-        models: the shelf.
+        work: does what the models are asked to do.
         state: the visitor's `Session`.
         picture: the picture component.
     """
@@ -29,8 +30,8 @@ class Tab:
     note: gr.HTML
     anyway: gr.Button
 
-    def __init__(self, models: Models, state: gr.State, picture: gr.Image):
-        self.models, self.state, self.picture = models, state, picture
+    def __init__(self, work: Work, state: gr.State, picture: gr.Image):
+        self.work, self.models, self.state, self.picture = work, work.models, state, picture
 
     def add_note(self, elem_id: str) -> None:
         """Place the line for what the app has to say, and the button for answers that it advises against."""
@@ -56,7 +57,7 @@ class Tab:
             [self.go, self.halt, self.note, self.anyway, *outputs],
             show_progress="hidden",
             concurrency_id="model",
-            concurrency_limit=2,
+            concurrency_limit=AT_ONCE,
             api_visibility="private",
         )
         # what is left are bugs: without this the page would stay locked
@@ -90,7 +91,7 @@ class Tab:
         """`run` for a visitor who wants answers though the model does not know the picture's kind."""
 
         def insist(session: Session, *values: Any) -> Iterator[Updates]:
-            session.anyway = True  # until there is another picture
+            session.subject.anyway = True  # until there is another picture
             yield from run(session, *values)
 
         return insist
@@ -127,9 +128,3 @@ class Tab:
     def cleared(self) -> Updates:
         """The tab as for a new picture or model."""
         return {self.note: "", self.anyway: gr.update(visible=False)}
-
-
-def unknown_words(loaded: Loaded, text: str) -> str:
-    """A sentence on words of the prompt that a small vocabulary lacks, or nothing."""
-    words = [word[:30] for word in dict.fromkeys(loaded.processor.unknown_words(text))][:5]
-    return f"{loaded.name} has never seen: {', '.join(words)}." if words else ""

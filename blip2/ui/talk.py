@@ -1,22 +1,22 @@
 """The Chat tab: a conversation about the picture (Fig. 4)."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 
-from blip2.chat import Chat, Turn
-from blip2.checkpoint import Loaded
-from blip2.generation import Generation, num_descriptions
+from blip2.chat import Turn
+from blip2.generation import Generation
 from blip2.novelty import UnknownPictureError
 from blip2.presets import EMBEDDED
-from blip2.ui.answers import streamed
-from blip2.ui.models import Models
+from blip2.ui import tasks
+from blip2.ui.errors import question
 from blip2.ui.parameters import Parameters
-from blip2.ui.session import EXPECTED, Session, question
-from blip2.ui.tab import QUIET, Tab, Updates, unknown_words
+from blip2.ui.session import Session
+from blip2.ui.tab import QUIET, Tab, Updates
 from blip2.ui.words import SILENCE, counted, note, plain, receipt, settings_text
+from blip2.ui.work import Work
 
 DRAWN = ("how many things are there?", "what color is the circle?", "is there a star?")
 PHOTO = ("what is in the picture?", "where was it taken?", "what could happen next?")
@@ -25,8 +25,8 @@ PHOTO = ("what is in the picture?", "where was it taken?", "what could happen ne
 class ChatTab(Tab):
     """Controls and events; see `Tab`. The conversation itself lies in the visitor's `Session`."""
 
-    def __init__(self, models: Models, state: gr.State, picture: gr.Image):
-        super().__init__(models, state, picture)
+    def __init__(self, work: Work, state: gr.State, picture: gr.Image):
+        super().__init__(work, state, picture)
         self.chatbot = gr.Chatbot(
             label="Conversation",
             show_label=False,
@@ -40,7 +40,7 @@ class ChatTab(Tab):
         )
         with gr.Row(elem_classes="suggestions"):
             self.suggestions = [
-                gr.Button(text, size="sm", min_width=150) for text in _suggestions(models.default)
+                gr.Button(text, size="sm", min_width=150) for text in _suggestions(self.models.default)
             ]
         with gr.Row(elem_classes="ask", equal_height=True):
             self.box = gr.Textbox(
@@ -79,8 +79,8 @@ class ChatTab(Tab):
 
     def idle(self, session: Session) -> Updates:
         """The page when it can be asked again."""
-        turns = bool(session.chat and session.chat.turns)
-        buttons = dict.fromkeys((self.again, self.back, self.clear), gr.update(interactive=turns))
+        talked = gr.update(interactive=bool(session.turns))
+        buttons = dict.fromkeys((self.again, self.back, self.clear), talked)
         return super().idle(session) | {self.go: gr.update(visible=True, interactive=True)} | buttons
 
     def busy(self, model: str) -> Updates:
@@ -95,7 +95,7 @@ class ChatTab(Tab):
 
     def after_error(self, session: Session) -> Updates:
         """Without the question that got no answer."""
-        return {self.chatbot: _messages(session.chat)}
+        return {self.chatbot: _messages(session.turns)}
 
     def suggest(self, model: str) -> Updates:
         """Questions that the model can make something of."""
@@ -107,16 +107,10 @@ class ChatTab(Tab):
         self, session: Session, picture: tuple[str | None, str], text: str, *values: Any
     ) -> Iterator[Updates]:
         """Ask the next question; yields what to change on the page."""
-        generation = self.parameters.generation(values)
         text = question(text)
         session.look(*picture)
-
-        def start(chat: Chat) -> Iterator[str]:
-            chat.describe = num_descriptions(chat.model, self.parameters.describe(values))
-            return chat.stream(text, generation)
-
         try:
-            yield from self._answer(session, text, start, generation, {self.box: ""})
+            yield from self._answer(session, text, values, {self.box: ""})
         except UnknownPictureError:
             yield {self.box: text}  # to be sent again, to another model or to this one all the same
             raise
@@ -125,90 +119,75 @@ class ChatTab(Tab):
         self, session: Session, picture: tuple[str | None, str], *values: Any
     ) -> Iterator[Updates]:
         """Answer the last question again."""
-        generation = self.parameters.generation(values)
         session.look(*picture)
-        if not (session.chat and session.chat.turns):
+        if not session.turns:
             raise ValueError("There is no answer yet to give again.")
-        last = session.chat.turns[-1]
-
-        def start(chat: Chat) -> Iterator[str]:
-            chat.describe = num_descriptions(chat.model, self.parameters.describe(values))
-            return chat.regenerate(generation)
-
-        yield from self._answer(session, last.question, start, generation, {}, last)
+        yield from self._answer(session, session.turns[-1].question, values, {}, len(session.turns) - 1)
 
     def undo(self, session: Session) -> Updates:
         """Take the last question back into the box."""
         session.stop()
-        turn = session.chat.undo() if session.chat else None
-        text = {self.box: turn.question} if turn else {}
-        return self.cleared() | self.idle(session) | {self.chatbot: _messages(session.chat), **text}
+        text = {self.box: session.turns.pop().question} if session.turns else {}
+        return self.cleared() | self.idle(session) | {self.chatbot: _messages(session.turns), **text}
 
     def forget(self, session: Session) -> Updates:
         """Start over about the same picture."""
-        session.stop()
-        session.chat = None
+        session.forget()
         return self.cleared()
 
     def _answer(
         self,
         session: Session,
         text: str,
-        start: Callable[[Chat], Iterator[str]],
-        generation: Generation,
+        values: tuple[Any, ...],
         begun: Updates,
-        last: Turn | None = None,
+        index: int | None = None,
     ) -> Iterator[Updates]:
+        """Ask a question, or turn `index` anew; `begun` is what else changes on the page as it is sent."""
+        generation, describe = self.parameters.generation(values), self.parameters.describe(values)
         name, subject = session.model or self.models.default, session.subject
-        before = list(session.chat.turns) if session.chat else []
-        before = [turn for turn in before if turn is not last]
-        began = time.monotonic()
+        last = None if index is None else session.turns[index]
+        asked = _messages(session.turns[:index], text)
+        turn, began = None, time.monotonic()
         with session.answering() as stop:
-            asked = _messages(before, text)
             yield self.busy(name) | {self.chatbot: asked, self.receipt: "", **begun}
-            loaded = self.models.get(name)
-            chat = session.conversation(loaded)
-            if stop.is_set():  # while it was loading
-                yield self.idle(session) | self.after_error(session) | {self.note: note("Stopped.")}
-                return
-            try:
-                for progress in streamed(chat, lambda: start(chat), generation, stop):
-                    said = [{"role": "assistant", "content": plain(progress.text)}] if progress.text else []
-                    yield {self.chatbot: [*asked, *said], self.note: note(progress.doing)}
-            except EXPECTED:
-                chat.turns[:] = [*before, last] if last else before  # as if it had not been asked
-                raise
+            task = (tasks.talk, [name], subject, text, generation, describe, index)
+            for said in self.work.run(*task, stop=stop):
+                if isinstance(said, Turn):
+                    turn = said
+                    continue
+                answer = [{"role": "assistant", "content": plain(said.text)}] if said.text else []
+                yield {self.chatbot: [*asked, *answer], self.note: note(said.doing)}
             stopped = stop.is_set()
-        if session.subject != subject:
-            yield self.idle(session)
+        yield self.idle(session)
+        if session.subject is not subject:
             return  # the visitor has moved on to another picture or model
-        turn = chat.turns[-1]
+        yield {self.chatbot: _messages(session.turns), self.note: note("Stopped." if stopped else "")}
+        if turn is None:  # stopped while the model was loading
+            return
         session.remember(name, turn)
         facts = [
             settings_text(generation),
             counted(turn.num_tokens, "token"),
             f"{time.monotonic() - began:.1f} s",
         ]
-        yield self.idle(session) | {
-            self.chatbot: _messages(chat),
-            self.note: note("Stopped." if stopped else _remark(chat, loaded, generation, text, last)),
+        remark = _remark(turn, last, generation, self.work.unknown_words(name, text))
+        yield {
+            self.note: note("Stopped." if stopped else remark),
             self.receipt: receipt(name, turn.prompt, facts),
         }
 
 
-def _remark(chat: Chat, loaded: Loaded, generation: Generation, text: str, last: Turn | None) -> str:
+def _remark(turn: Turn, last: Turn | None, generation: Generation, unknown: str) -> str:
     """What a visitor may want to know about an answer."""
-    remarks = [*chat.notices]
-    if last is not None and chat.turns[-1].answer == last.answer and generation.method != "nucleus":
+    remarks = [turn.notice]
+    if last is not None and turn.answer == last.answer and generation.method != "nucleus":
         remarks.append("The same again: this method always is. Nucleus sampling, under Parameters, varies.")
-    if unknown := unknown_words(loaded, text):
-        remarks.append(unknown)
-    return " ".join(remarks)
+    return " ".join(filter(None, [*remarks, unknown]))
 
 
-def _messages(chat: Chat | list[Turn] | None, asked: str | None = None) -> list[dict[str, str]]:
+def _messages(turns: list[Turn], asked: str | None = None) -> list[dict[str, str]]:
     """Turns, and a question not yet answered, as the chat component takes them: HTML."""
-    turns = chat.turns if isinstance(chat, Chat) else chat or []
     messages = []
     for turn in turns:
         messages.append({"role": "user", "content": plain(turn.question)})

@@ -2,19 +2,17 @@
 
 import html
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import gradio as gr
-import torch
 
 from blip2 import explain
-from blip2.images import open_image
-from blip2.model import Blip2
-from blip2.ui.answers import Background
-from blip2.ui.models import Models
-from blip2.ui.session import Answered, Session
+from blip2.ui import tasks
+from blip2.ui.answers import Progress
+from blip2.ui.session import Session
 from blip2.ui.tab import Tab, Updates
 from blip2.ui.words import note
+from blip2.ui.work import Work
 
 MAPS = [("Which parts mattered", "occlusion"), ("Where the queries looked", "attention")]
 SAYS = {
@@ -26,8 +24,8 @@ SAYS = {
 class Why(Tab):
     """Controls and events; see `Tab`."""
 
-    def __init__(self, models: Models, state: gr.State, picture: gr.Image):
-        super().__init__(models, state, picture)
+    def __init__(self, work: Work, state: gr.State, picture: gr.Image):
+        super().__init__(work, state, picture)
         with gr.Accordion("Why this answer?", open=False, elem_id="why", elem_classes="settings"):
             kind = gr.Radio(MAPS, value="occlusion", label="About the last answer")
             with gr.Row(visible=False) as reading:
@@ -77,50 +75,33 @@ class Why(Tab):
         if answered is None:
             raise ValueError("There is no answer to look into yet: ask something first.")
 
-        def work() -> tuple[list[explain.Token], torch.Tensor]:
-            loaded = self.models.get(answered.model)
-            assert isinstance(loaded.model, Blip2)
-            image = session.features(loaded)
-            texts = (answered.prompt, answered.answer, answered.question)
-            tokens = explain.token_probabilities(loaded.model, loaded.processor, image, *texts)
-            if kind == "occlusion":
-                return tokens, explain.occlusion(loaded.model, loaded.processor, opened, *texts, stop=stop)
-            asked = loaded.processor.question(answered.question)
-            asked = {name: ids.to(loaded.device) for name, ids in asked.items()}
-            attention = explain.query_attention(loaded.model, image, asked)
-            where, which = (
-                _chosen("Layer", layer, len(attention)),
-                _chosen("Query", query, attention.shape[3]),
-            )
-            return tokens, explain.attention_map(attention, -1 if where is None else where, which)[0]
-
+        name, turn = answered.model, answered.turn
+        task: tuple[Any, ...] = (tasks.occlude, [name], subject, turn)
+        if kind == "attention":
+            task = (tasks.attend, [name], subject, turn, layer, query)
+        found = None
         with session.answering() as stop:
-            yield self.busy(answered.model) | {self.caption: ""}
-            opened = open_image(Path(session.path or "").read_bytes())
-            looking = Background(work, stop)
-            for seconds in looking.ticks():
-                yield {self.note: note(f"Looking, {seconds:.0f} s ...")}
-            tokens, weights = looking.result()
+            yield self.busy(name) | {self.caption: ""}
+            for said in self.work.run(*task, stop=stop):
+                if isinstance(said, Progress):
+                    yield {self.note: note(said.doing)}
+                else:
+                    found = said
             stopped = stop.is_set()
         yield self.idle(session)
-        if session.subject != subject:
+        if session.subject is not subject:
             return  # the visitor has moved on to another picture or model
-        yield {
-            self.note: note("Stopped: the map is not whole." if stopped else ""),
-            self.tokens: _tokens(tokens, answered),
-            self.map: gr.update(value=explain.overlay(opened, weights), visible=True),
-            self.caption: f'<p class="fine-print">{SAYS[kind]}</p>',
-        }
+        yield {self.note: note("Stopped: the map is not whole." if stopped else "")}
+        if found is not None:
+            tokens, weights = found
+            yield {
+                self.tokens: _tokens(tokens, turn.question),
+                self.map: gr.update(value=explain.overlay(subject.image(), weights), visible=True),
+                self.caption: f'<p class="fine-print">{SAYS[kind]}</p>',
+            }
 
 
-def _chosen(label: str, value: float | None, count: int) -> int | None:
-    """What the page counts from 1, from 0."""
-    if value is not None and not 1 <= value <= count:
-        raise ValueError(f"{label} is {value:g}; this model has 1 to {count}.")
-    return None if value is None else int(value) - 1
-
-
-def _tokens(tokens: list[explain.Token], answered: Answered) -> str:
+def _tokens(tokens: list[explain.Token], question: str) -> str:
     """HTML: each token with its probability as a bar, and what else might have been said."""
     rows = "".join(
         f"<tr><td>{html.escape(token.text.strip())}</td>"
@@ -129,6 +110,6 @@ def _tokens(tokens: list[explain.Token], answered: Answered) -> str:
         for token in tokens
     )
     return (
-        f'<table class="tokens"><caption>{html.escape(answered.question)}</caption>'
+        f'<table class="tokens"><caption>{html.escape(question)}</caption>'
         "<tr><th>said</th><th>probability</th><th>otherwise</th></tr>" + rows + "</table>"
     )
