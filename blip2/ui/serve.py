@@ -1,6 +1,7 @@
 """The app's command line: what may be served where, and the server's beginning and end."""
 
 import argparse
+import importlib.util
 import inspect
 import ipaddress
 import os
@@ -79,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="append votes on compared answers to this file, a JSON line each; by default they are not kept",
     )
+    parser.add_argument(
+        "--mcp",
+        action="store_true",
+        help="offer captions, answers, chats, comparisons and matches as MCP tools too, at /gradio_api/mcp/",
+    )
     return parser
 
 
@@ -152,7 +158,9 @@ def _no_stubs() -> Iterator[None]:
         yield
 
 
-def launch(demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = None) -> str:
+def launch(
+    demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = None, mcp: bool = False
+) -> str:
     """Start to serve a page and return the address it answers at; the server runs in threads of its own.
 
     Raises:
@@ -175,7 +183,7 @@ def launch(demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = Non
         "enable_monitoring": False,
         "run_history": False,
         "pwa": False,
-        "mcp_server": False,
+        "mcp_server": mcp,
         "show_error": False,  # what visitors should read is worded by us; the rest may hold paths
         "footer_links": ["api", "gradio", "settings"],
     }
@@ -194,6 +202,8 @@ def launch(demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = Non
 def _serve(options: argparse.Namespace) -> None:
     if options.port is not None and not 0 < options.port < 65536:
         raise UsageError(f"--port is {options.port}; allowed: 1 to 65535")
+    if options.mcp and importlib.util.find_spec("mcp") is None:
+        raise UsageError(f'--mcp takes a package more: {sys.executable} -m pip install "gradio[mcp]"')
     if sys.stdout.isatty():
         print("Starting ...", end="\r", flush=True)
     from blip2.devices import device_advice
@@ -205,8 +215,10 @@ def _serve(options: argparse.Namespace) -> None:
     if options.model:
         models.get(models.default)  # the operator named it: what is wrong with it is said now
     try:
-        address = launch(demo, host=options.host, port=options.port)
+        address = launch(demo, host=options.host, port=options.port, mcp=options.mcp)
         print(f"BLIP-2 is ready: {address}", flush=True)
+        if options.mcp:
+            print(f"MCP, streamable HTTP: {address}/gradio_api/mcp/")
         if not is_loopback(options.host):
             print("Others can reach it: they can upload pictures and use the models offered, no more.")
         print("Ctrl-C ends it.", flush=True)
