@@ -58,7 +58,7 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
             with gr.Column(scale=5, min_width=320, elem_id="look"):
                 box = PictureBox()
                 why = Why(work, state, box.picture)
-                with gr.Accordion("About the model", open=False, elem_classes="settings"):
+                with gr.Accordion("About the model", open=False, elem_id="about", elem_classes="settings"):
                     card = gr.HTML(models.card(models.default), elem_id="card")
                 earlier = history.panel()
             with gr.Column(scale=7, min_width=320, elem_id="ask"), gr.Tabs():
