@@ -109,6 +109,7 @@ class Conversation:
         description: what the model said of the picture, and read before the questions.
         described: in how many captions.
         key: names its key-value cache in the pool.
+        id: names it to whoever keeps conversations; not to be trusted, as it may come back from there.
     """
 
     image: ImageFeatures | None = None
@@ -116,6 +117,7 @@ class Conversation:
     description: str = ""
     described: int = 0
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class Chat:

@@ -28,7 +28,7 @@ from blip2.model import Blip2
 from blip2.novelty import Novelty
 from blip2.presets import PRESETS, Preset
 from blip2.processing import PromptError
-from blip2.ui import build, errors, launch, main
+from blip2.ui import build, errors, history, launch, main
 from blip2.ui.answers import Background
 from blip2.ui.caption import CaptionTab
 from blip2.ui.compare import VOTES, CompareTab, pair
@@ -342,7 +342,8 @@ def tabs(request):
     work = Work(models, zerogpu.gpu if request.param == "zerogpu" else None)
     with gr.Blocks():
         state, box = gr.State(Session()), Picture()
-        made = {tab: tab(work, state, box) for tab in (ChatTab, CaptionTab, InstructTab, CompareTab, Why)}
+        made = {tab: tab(work, state, box) for tab in (CaptionTab, InstructTab, CompareTab, Why)}
+        made[ChatTab] = ChatTab(work, state, box, history.panel())
     return made
 
 
@@ -362,8 +363,36 @@ def test_chat_turns(tabs, tmp_path):
     assert "Question: what color is the circle? Answer:" in last(shown, tab.receipt)
     again = list(tab.regenerate(visitor, (path, ""), *settings(tab)))
     assert last(again, tab.chatbot) == last(shown, tab.chatbot) and "same again" in last(again, tab.note)
+    kept = last(again, tab.history)["record"]
+    assert kept["turns"] == [{"question": "what color is the circle?", "answer": visitor.turns[0].answer}]
+    list(tab.ask(visitor, (path, ""), "is there a star?", *settings(tab)))
+    event = gr.EditData(None, {"index": 0, "previous_value": "", "value": "is it a &lt;b> &amp; c?"})
+    list(tab.edit(visitor, (path, ""), event, *settings(tab)))
+    assert [turn.question for turn in visitor.turns] == ["is it a <b> & c?"]
     undone = tab.undo(visitor)
-    assert undone[tab.chatbot] == [] and undone[tab.box] == "what color is the circle?"
+    assert undone[tab.chatbot] == [] and undone[tab.box] == "is it a <b> & c?"
+    assert undone[tab.history]["record"]["id"] == kept["id"] and not undone[tab.history]["record"]["turns"]
+    with pytest.raises(ValueError, match="no longer part"):
+        list(tab.edit(visitor, (path, ""), event, *settings(tab)))
+
+
+def test_a_conversation_can_be_kept_for_another_picture_or_model(tabs, tmp_path):
+    tab, visitor = tabs[ChatTab], Session()
+    first, second = picture(tmp_path, 1), picture(tmp_path, 2)
+    list(tab.ask(visitor, (first, ""), "what color is it?", *settings(tab)))
+    visitor.look(second)
+    begun = tab.begun_anew(visitor, "New picture.")
+    assert begun[tab.chatbot] == [] and begun[tab.keep]["visible"] is True
+    assert len(tab.resume(visitor)[tab.chatbot]) == 2
+    shown = list(tab.ask(visitor, (second, ""), "is it red?", *settings(tab)))
+    assert len(visitor.turns) == 2 and "what color is it?" in last(shown, tab.receipt)
+    visitor.use("scenes-flan-t5")
+    list(tab.ask(visitor, (second, ""), "is it blue?", *settings(tab)))
+    visitor.look(first)  # what was left is the newest conversation
+    tab.resume(visitor)
+    assert [turn.question for turn in visitor.turns] == ["is it blue?"]
+    tab.forget(visitor)
+    assert tab.keep not in tab.begun_anew(visitor, "") or not visitor.left
 
 
 def test_a_picture_is_encoded_once_in_five_turns(tabs, tmp_path, monkeypatch):

@@ -8,10 +8,12 @@ import gradio as gr
 
 from blip2.devices import device_advice
 from blip2.images import ImageError
+from blip2.ui import history
 from blip2.ui.api import Api
 from blip2.ui.caption import CaptionTab
 from blip2.ui.compare import CompareTab
 from blip2.ui.errors import EXPECTED, friendly
+from blip2.ui.files import held
 from blip2.ui.instruct import InstructTab
 from blip2.ui.models import Models
 from blip2.ui.picture import PictureBox, refused
@@ -56,11 +58,12 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
             with gr.Column(scale=5, min_width=320, elem_id="look"):
                 box = PictureBox()
                 why = Why(work, state, box.picture)
-                with gr.Accordion("About the model", open=False, elem_classes="settings"):
+                with gr.Accordion("About the model", open=False, elem_id="about", elem_classes="settings"):
                     card = gr.HTML(models.card(models.default), elem_id="card")
+                earlier = history.panel()
             with gr.Column(scale=7, min_width=320, elem_id="ask"), gr.Tabs():
                 with gr.Tab("Chat", id="chat"):
-                    chat = ChatTab(work, state, box.picture)
+                    chat = ChatTab(work, state, box.picture, earlier)
                 with gr.Tab("Caption", id="caption", render_children=True):
                     caption = CaptionTab(work, state, box.picture)
                 with gr.Tab("Instruct", id="instruct", render_children=True):
@@ -72,7 +75,6 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
 
         def look(session: Session, picture: tuple[str | None, str]) -> Updates:
             """The page after the picture changed, by whatever way."""
-            talked = bool(session.turns)
             if picture[0] is None:
                 return {box.note: gr.skip()}  # the empty box itself says what to do
             try:
@@ -84,9 +86,7 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
             updates: Updates = {box.note: ""}
             for tab in tabs:
                 updates |= tab.cleared()
-            if talked:
-                updates[chat.note] = note("New picture: a new chat begins.")
-            return updates
+            return updates | chat.begun_anew(session, "New picture: a new chat begins.")
 
         def choose(session: Session, name: str | None) -> Iterator[Updates]:
             """The page after another model was chosen; it stays with the old one where that fails."""
@@ -101,7 +101,6 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
                 about = {card: models.card(name)} if name in models.names else {}
                 yield {model_note: note(sentence, "error"), picker: before, **about}
                 return
-            talked = bool(session.turns)
             session.use(name)
             updates: Updates = {
                 model_note: "",
@@ -111,9 +110,23 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
             }
             for tab in tabs:
                 updates |= tab.cleared()
-            if talked:
-                updates[chat.note] = note(f"New model: a new chat begins, with {name}.")
-            yield updates
+            yield updates | chat.begun_anew(session, f"New model: a new chat begins, with {name}.")
+
+        def reopen(session: Session, kept: Any) -> Updates:
+            """The page with a conversation that the visitor's browser had kept."""
+            try:
+                key, data, name, turns = history.opened(kept)
+                path = held(box.picture, data, name)
+                session.look(path, name)
+            except ValueError as error:
+                return {chat.note: note(str(error), "error")}
+            session.forget()
+            session.subject.conversation.id = key
+            session.turns[:] = turns
+            updates: Updates = {box.picture: path, box.note: ""}
+            for tab in tabs:
+                updates |= tab.cleared()
+            return updates | chat.shown(session)
 
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         # on opening too, so that a bad upload can give way to the picture that was open at first
@@ -125,6 +138,8 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
             trigger_mode="multiple",  # a change while one is under way must not get lost
             **private,
         )
+        shown = [box.picture, box.note, chat.go, chat.halt, *cleared]
+        earlier.select(reopen, [state, earlier], shown, **private)
         picker.input(
             choose,
             [state, picker],

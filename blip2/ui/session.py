@@ -29,6 +29,7 @@ class Session:
         model: name of the model in use; None: the app's default.
         subject: the picture and the conversation about it; another one after each change of picture or model,
             so an answer that finds it changed comes too late.
+        left: the conversation that the last change of picture or model ended; to go on with.
         answered: the last answer of the page's model; None before, and where it said nothing.
         compared: two answers to vote on; None before, and after the vote.
         votes: how many a model, or "Tie" and "Neither", got from this visitor.
@@ -37,6 +38,7 @@ class Session:
     def __init__(self) -> None:
         self.model: str | None = None
         self.subject = Subject()
+        self.left: list[Turn] = []
         self.answered: Answered | None = None
         self.compared: dict[str, Any] | None = None
         self.votes: dict[str, int] = {}
@@ -73,15 +75,22 @@ class Session:
 
     def _turn_to(self, subject: Subject) -> None:
         self.stop()
+        self.left = self.turns or self.left
         self.subject, self.answered, self.compared = subject, None, None
 
     def forget(self) -> None:
         """Start the conversation over."""
         self.stop()
-        self.subject.conversation = Conversation()
+        self.subject.conversation, self.left = Conversation(), []
+
+    def resume(self) -> None:
+        """Go on with the conversation that a change of picture or model ended, if none has begun since."""
+        if not self.turns:
+            self.turns[:], self.left = self.left, []
 
     def remember(self, model: str, turn: Turn) -> None:
         """Keep an answer, to be looked into."""
+        self.left = []
         self.answered = Answered(model, turn) if turn.answer else None
 
     def stop(self) -> None:

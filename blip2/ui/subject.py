@@ -1,13 +1,17 @@
 """What a visitor asks about: a picture, and the conversation about it. No gradio in this file."""
 
 import hashlib
+import io
 from pathlib import Path
-from typing import Any
+
+from PIL import Image
 
 from blip2.chat import Conversation
 from blip2.checkpoint import Loaded
 from blip2.images import ImageError, open_image
 from blip2.vision import ImageFeatures
+
+SIDE = 320  # pixels of the longer side of the picture's small form
 
 
 class Subject:
@@ -28,6 +32,7 @@ class Subject:
         self.anyway = False
         self.conversation = Conversation()
         self._features: dict[str, ImageFeatures] = {}
+        self._small = b""
 
     @classmethod
     def of_file(cls, path: str | None, name: str = "") -> "Subject":
@@ -47,16 +52,30 @@ class Subject:
     def anew(self) -> "Subject":
         """The same picture, with nothing said about it."""
         other = Subject(self.path, self.name, self.digest)
-        other.anyway, other._features = self.anyway, self._features
+        other.anyway, other._features, other._small = self.anyway, self._features, self._small
         return other
 
-    def image(self) -> Any:
+    def image(self) -> Image.Image:
         """The picture, decoded.
 
         Raises:
             ImageError: it is no longer here.
         """
         return self._open(self._read())
+
+    def small(self) -> bytes:
+        """The picture as a JPEG file of at most SIDE pixels a side.
+
+        Raises:
+            ImageError: it is no longer here.
+        """
+        if not self._small:
+            image = self.image()
+            image.thumbnail((SIDE, SIDE))
+            file = io.BytesIO()
+            image.save(file, "JPEG", quality=80)
+            self._small = file.getvalue()
+        return self._small
 
     def features(self, loaded: Loaded) -> ImageFeatures:
         """The picture as the model sees it, on its device; encoded once for each model.
@@ -94,7 +113,7 @@ class Subject:
                 f"{self.name} is no longer here, uploads are deleted within the hour: add it again."
             ) from None
 
-    def _open(self, data: bytes) -> Any:
+    def _open(self, data: bytes) -> Image.Image:
         try:
             return open_image(data)
         except ImageError as error:  # the visitor's name for the file, not the server's

@@ -1,6 +1,7 @@
 """What the tabs have in common: a button that asks, one that stops, a line for what the app has to say."""
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import gradio as gr
@@ -72,6 +73,7 @@ class Tab:
     def guarded(self, run: Callable[..., Iterator[Updates]]) -> Callable[..., Iterator[Updates]]:
         """`run`, and what the page shows when there is no answer."""
 
+        @wraps(run)  # gradio looks at the signature, for what is told of an event
         def attempt(session: Session, *values: Any) -> Iterator[Updates]:
             try:
                 yield from run(session, *values)
@@ -90,6 +92,7 @@ class Tab:
     def insisting(self, run: Callable[..., Iterator[Updates]]) -> Callable[..., Iterator[Updates]]:
         """`run` for a visitor who wants answers though the model does not know the picture's kind."""
 
+        @wraps(run)
         def insist(session: Session, *values: Any) -> Iterator[Updates]:
             session.subject.anyway = True  # until there is another picture
             yield from run(session, *values)

@@ -1,5 +1,6 @@
 """The Chat tab: a conversation about the picture (Fig. 4)."""
 
+import html
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -8,10 +9,13 @@ import gradio as gr
 
 from blip2.chat import Turn
 from blip2.generation import Generation
+from blip2.images import ImageError
 from blip2.novelty import UnknownPictureError
 from blip2.presets import EMBEDDED
 from blip2.ui import tasks
 from blip2.ui.errors import question
+from blip2.ui.files import held
+from blip2.ui.history import export, record
 from blip2.ui.parameters import Parameters
 from blip2.ui.session import Session
 from blip2.ui.tab import QUIET, Tab, Updates
@@ -23,16 +27,23 @@ PHOTO = ("what is in the picture?", "where was it taken?", "what could happen ne
 
 
 class ChatTab(Tab):
-    """Controls and events; see `Tab`. The conversation itself lies in the visitor's `Session`."""
+    """Controls and events; see `Tab`. The conversation itself lies in the visitor's `Session`.
 
-    def __init__(self, work: Work, state: gr.State, picture: gr.Image):
+    Args:
+        history: of `blip2.ui.history.panel`; told of every answer.
+    """
+
+    def __init__(self, work: Work, state: gr.State, picture: gr.Image, history: gr.HTML):
         super().__init__(work, state, picture)
+        self.history = history
         self.chatbot = gr.Chatbot(
             label="Conversation",
             show_label=False,
             height=350,
             render_markdown=False,  # it still takes HTML, so what is written is escaped
             buttons=[],
+            editable="user",
+            group_consecutive_messages=False,
             feedback_options=None,
             placeholder="Ask anything about the picture",
             layout="bubble",
@@ -56,42 +67,58 @@ class ChatTab(Tab):
             self.go = gr.Button("Send", variant="primary", min_width=90, scale=0)
             self.halt = gr.Button("Stop", variant="stop", visible=False, min_width=90, scale=0)
         self.add_note("chat-note")
+        self.keep = gr.Button("Keep the conversation", size="sm", visible=False, min_width=180)
         with gr.Row(elem_classes="actions small"):
             self.again = gr.Button("Regenerate", size="sm", interactive=False, min_width=90)
             self.back = gr.Button("Undo", size="sm", interactive=False, min_width=90)
             self.clear = gr.Button("Clear", size="sm", interactive=False, min_width=90)
+            self.export = gr.Button("Export", size="sm", interactive=False, min_width=90)
+        self.file = gr.DownloadButton("Exported", visible="hidden", elem_id="exported")
         self.receipt = gr.HTML(elem_id="chat-receipt")
         self.parameters = Parameters(Generation(), questions=True)
-        changes = [self.again, self.back, self.clear]
-        outputs = [self.chatbot, self.receipt, *changes]
+        self.changes = [self.again, self.back, self.clear, self.export]
+        outputs = [self.chatbot, self.receipt, self.keep, history, *self.changes]
         asked = [self.box, *self.parameters.inputs]
         self.wire([self.box.submit, self.go.click], self.ask, asked, [self.box, *outputs])
         self.wire_anyway(self.ask, asked, [self.box, *outputs])
         for button in self.suggestions:
             self.wire([button.click], self.ask, [button, *self.parameters.inputs], [self.box, *outputs])
         self.wire([self.again.click], self.regenerate, self.parameters.inputs, outputs)
+        self.wire([self.chatbot.edit], self.edit, self.parameters.inputs, outputs)
         self.wire_stop()
-        said = [self.note, self.anyway]
+        said = [self.note, self.anyway, self.keep]
+        self.keep.click(self.resume, state, [self.go, self.halt, *said, *outputs], **QUIET)
         self.back.click(self.undo, state, [self.go, self.halt, *said, self.box, *outputs], **QUIET)
         gr.on([self.clear.click, self.chatbot.clear], self.forget, state, [*said, *outputs], **QUIET)
+        exported = self.export.click(self.pack, state, [self.note, self.file], **QUIET)
+        click = "() => document.querySelector('#exported').click()"
+        exported.success(None, None, None, js=click, **QUIET)
 
     # --- the page ---
 
     def idle(self, session: Session) -> Updates:
         """The page when it can be asked again."""
         talked = gr.update(interactive=bool(session.turns))
-        buttons = dict.fromkeys((self.again, self.back, self.clear), talked)
+        buttons = dict.fromkeys(self.changes, talked)
         return super().idle(session) | {self.go: gr.update(visible=True, interactive=True)} | buttons
 
     def busy(self, model: str) -> Updates:
         """The page while an answer of that model is under way."""
-        buttons = dict.fromkeys((self.again, self.back, self.clear), gr.update(interactive=False))
-        return super().busy(model) | {self.go: gr.update(visible=False)} | buttons
+        buttons = dict.fromkeys(self.changes, gr.update(interactive=False))
+        hidden = {self.go: gr.update(visible=False), self.keep: gr.update(visible=False)}
+        return super().busy(model) | hidden | buttons
 
     def cleared(self) -> Updates:
         """The tab as for a new picture or model; a question half written stays."""
-        off = dict.fromkeys((self.again, self.back, self.clear), gr.update(interactive=False))
-        return super().cleared() | {self.chatbot: [], self.receipt: "", **off}
+        off = dict.fromkeys(self.changes, gr.update(interactive=False))
+        empty = {self.chatbot: [], self.receipt: "", self.keep: gr.update(visible=False)}
+        return super().cleared() | empty | off
+
+    def begun_anew(self, session: Session, why: str) -> Updates:
+        """The tab as for a new picture or model, with the choice to go on with the conversation before."""
+        if not session.left:
+            return self.cleared()
+        return self.cleared() | {self.note: note(why), self.keep: gr.update(visible=True)}
 
     def after_error(self, session: Session) -> Updates:
         """Without the question that got no answer."""
@@ -124,11 +151,44 @@ class ChatTab(Tab):
             raise ValueError("There is no answer yet to give again.")
         yield from self._answer(session, session.turns[-1].question, values, {}, len(session.turns) - 1)
 
+    def edit(
+        self, session: Session, picture: tuple[str | None, str], event: gr.EditData, *values: Any
+    ) -> Iterator[Updates]:
+        """Ask an earlier question differently; what came after it is forgotten."""
+        session.look(*picture)
+        index = int(event.index) // 2  # of messages: a question and its answer a turn
+        if not 0 <= index < len(session.turns):
+            raise ValueError("That question is no longer part of the conversation.")
+        yield from self._answer(session, question(html.unescape(str(event.value))), values, {}, index)
+
+    def resume(self, session: Session) -> Updates:
+        """Go on with the conversation before, about the picture and with the model there are now."""
+        session.resume()
+        return self.shown(session)
+
+    def shown(self, session: Session) -> Updates:
+        """The tab with the conversation as it is."""
+        return self.cleared() | self.idle(session) | {self.chatbot: _messages(session.turns)}
+
+    def pack(self, session: Session) -> Updates:
+        """Make a file of the conversation, for the hidden download button."""
+        try:
+            name, data = export(session, session.model or self.models.default)
+        except ValueError as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+        return {self.file: held(self.file, data, name)}
+
     def undo(self, session: Session) -> Updates:
         """Take the last question back into the box."""
         session.stop()
         text = {self.box: session.turns.pop().question} if session.turns else {}
-        return self.cleared() | self.idle(session) | {self.chatbot: _messages(session.turns), **text}
+        return self.shown(session) | {self.history: self._record(session), **text}
+
+    def _record(self, session: Session) -> Any:
+        try:
+            return record(session, session.model or self.models.default)
+        except ImageError:
+            return gr.skip()  # the upload's hour is over: the browser keeps what it has
 
     def forget(self, session: Session) -> Updates:
         """Start over about the same picture."""
@@ -174,6 +234,7 @@ class ChatTab(Tab):
         remark = _remark(turn, last, generation, self.work.unknown_words(name, text))
         yield {
             self.note: note("Stopped." if stopped else remark),
+            self.history: self._record(session),
             self.receipt: receipt(name, turn.prompt, facts),
         }
 

@@ -16,7 +16,8 @@ from blip2.ui.work import Work
 
 MAPS = [("Which parts mattered", "occlusion"), ("Where the queries looked", "attention")]
 SAYS = {
-    "occlusion": "Red: hiding this part makes the answer less likely. Measured by hiding each in turn.",
+    "occlusion": "Red: hiding this part makes the answer less likely. Measured by hiding each in turn; what "
+    "the prompt says of the picture stays.",
     "attention": "Red: where the Q-Former's queries read the picture. It does not explain the answer.",
 }
 
@@ -103,13 +104,19 @@ class Why(Tab):
 
 def _tokens(tokens: list[explain.Token], question: str) -> str:
     """HTML: each token with its probability as a bar, and what else might have been said."""
-    rows = "".join(
-        f"<tr><td>{html.escape(token.text.strip())}</td>"
-        f'<td><meter min="0" max="1" value="{token.probability:.4f}"></meter> {token.probability:.0%}</td>'
-        f"<td>{', '.join(f'{html.escape(text)} {chance:.0%}' for text, chance in token.others[:3])}</td></tr>"
-        for token in tokens
-    )
+    rows = ""
+    for token in tokens:
+        others = ", ".join(f"{html.escape(text)} {_percent(chance)}" for text, chance in token.others[:3])
+        meter = (
+            f'<meter min="0" max="1" value="{token.probability:.4f}"></meter> {_percent(token.probability)}'
+        )
+        rows += f"<tr><td>{html.escape(token.text.strip())}</td><td>{meter}</td><td>{others}</td></tr>"
     return (
         f'<table class="tokens"><caption>{html.escape(question)}</caption>'
         "<tr><th>said</th><th>probability</th><th>otherwise</th></tr>" + rows + "</table>"
     )
+
+
+def _percent(chance: float) -> str:
+    """HTML: a percentage."""
+    return "&lt;1%" if 0 < chance < 0.01 else f"{chance:.0%}"
