@@ -14,6 +14,7 @@ from blip2.chat import Turn
 from blip2.generation import Generation
 from blip2.ui import errors, tasks
 from blip2.ui.compare import pair
+from blip2.ui.json_input import MESSAGES, TEXTS, JsonInput
 from blip2.ui.picture import Picture
 from blip2.ui.stop import Stop
 from blip2.ui.subject import Subject
@@ -49,13 +50,13 @@ class Api:
                 ],
             )
             self._endpoint(self.answer, [picture, asked, model, force])
-            self._endpoint(self.chat, [picture, gr.JSON(label="messages", visible=False), model, force])
+            self._endpoint(self.chat, [picture, JsonInput("messages", MESSAGES), model, force])
             pickers = [
                 gr.Textbox(name, label=label, visible=False)
                 for name, label in ((first, "first_model"), (second, "second_model"))
             ]
             self._endpoint(self.compare, [picture, asked, *pickers, force])
-            texts = gr.JSON(label="texts", visible=False)
+            texts = JsonInput("texts", TEXTS)
             matching = gr.Textbox(MATCHING, label="model", visible=False)
             self._endpoint(self.match, [picture, texts, matching, force])
 
@@ -91,7 +92,7 @@ class Api:
         """Describe a picture in one or more captions, by beam search.
 
         Args:
-            image: the picture file.
+            image: the picture: a file, or over MCP a data URL such as data:image/png;base64,...
             prompt: words that the captions go on from, such as "a photo of"; may be empty.
             num_captions: how many captions, 1 to 5.
             model: name of the model; empty for the app's default.
@@ -108,7 +109,7 @@ class Api:
         """Answer a question about a picture in a few words.
 
         Args:
-            image: the picture file.
+            image: the picture: a file, or over MCP a data URL such as data:image/png;base64,...
             question: what to ask about it.
             model: name of the model; empty for the app's default.
             force: answer about a picture of a kind that the model does not know, too.
@@ -124,7 +125,7 @@ class Api:
         """Go on with a conversation about a picture.
 
         Args:
-            image: the picture file.
+            image: the picture: a file, or over MCP a data URL such as data:image/png;base64,...
             messages: the conversation so far, a list of {"role": "user" or "assistant", "content": text},
                 taking turns, the user's last.
             model: name of the model; empty for the app's default.
@@ -145,7 +146,7 @@ class Api:
         """Ask two models the same question about a picture, each in the frame it was evaluated with.
 
         Args:
-            image: the picture file.
+            image: the picture: a file, or over MCP a data URL such as data:image/png;base64,...
             question: what to ask about it.
             first_model: name of a model; empty for an OPT.
             second_model: name of another; empty for a Flan-T5.
@@ -176,7 +177,7 @@ class Api:
         """Score how well texts fit a picture.
 
         Args:
-            image: the picture file.
+            image: the picture: a file, or over MCP a data URL such as data:image/png;base64,...
             texts: a list of texts that may describe it.
             model: name of a model with a matching head; empty for the embedded one.
             force: score a picture of a kind that the model does not know, too.

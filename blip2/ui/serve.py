@@ -158,9 +158,7 @@ def _no_stubs() -> Iterator[None]:
         yield
 
 
-def launch(
-    demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = None, mcp: bool = False
-) -> str:
+def launch(demo: "gr.Blocks", *, host: str = "127.0.0.1", port: int | None = None, mcp: bool = False) -> str:
     """Start to serve a page and return the address it answers at; the server runs in threads of its own.
 
     Raises:
@@ -217,8 +215,6 @@ def _serve(options: argparse.Namespace) -> None:
     try:
         address = launch(demo, host=options.host, port=options.port, mcp=options.mcp)
         print(f"BLIP-2 is ready: {address}", flush=True)
-        if options.mcp:
-            print(f"MCP, streamable HTTP: {address}/gradio_api/mcp/")
         if not is_loopback(options.host):
             print("Others can reach it: they can upload pictures and use the models offered, no more.")
         print("Ctrl-C ends it.", flush=True)
