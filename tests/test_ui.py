@@ -7,6 +7,7 @@ import re
 import threading
 import time
 import uuid
+from pathlib import Path
 
 import gradio as gr
 import httpx
@@ -28,7 +29,7 @@ from blip2.model import Blip2
 from blip2.novelty import Novelty
 from blip2.presets import PRESETS, Preset
 from blip2.processing import PromptError
-from blip2.ui import build, errors, history, launch, main
+from blip2.ui import build, errors, history, launch, main, page
 from blip2.ui.answers import Background
 from blip2.ui.caption import CaptionTab
 from blip2.ui.compare import VOTES, CompareTab, pair
@@ -772,8 +773,30 @@ def test_curl_is_answered(server, tmp_path):
         assert "event: error" in client.get(f"/gradio_api/call/answer/{call['event_id']}").text
 
 
-def test_uploads_go_within_the_hour(server):
+def test_uploads_go_within_the_hour(server, assets, tmp_path, monkeypatch):
     assert server[1].delete_cache == DELETE_CACHE and sum(DELETE_CACHE) <= 3600
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))  # the same, with seconds for the hour
+    monkeypatch.setattr(page, "DELETE_CACHE", (1, 5))
+    demo = build(local=False)
+    visitor = Session()
+    visitor.look(picture(tmp_path, 7))
+    visitor.turns.append(Turn("what?", "this"))
+    kept = {"open": history.record(visitor, "scenes-opt")["record"]}
+    with httpx.Client(base_url=launch(demo), timeout=20) as client, open(tmp_path / "7.png", "rb") as file:
+        [path] = client.post("/gradio_api/upload", files={"files": ("mine.png", file)}).json()
+        data = {"path": path, "orig_name": "mine.png", "meta": {"_type": "gradio.FileData"}}
+        assert ask_server(client, demo, "look", [None, data])[-1]["success"]
+        values = ask_server(client, demo, "reopen", [None, kept])[-1]["output"]["data"]
+        [there] = [value for value in values if isinstance(value, dict) and "path" in value]
+        made = [Path(path), Path(there["path"])]
+        assert all(file.is_file() for file in made)
+        deadline = time.monotonic() + 20
+        while any(file.exists() for file in made):
+            assert time.monotonic() < deadline, made
+            time.sleep(0.2)
+    demo.close(verbose=False)
+    left = {file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()}
+    assert not left & {file.name for file in made}  # no copy is anywhere either
 
 
 def test_page_and_presets_agree(server):
