@@ -1,6 +1,5 @@
 """The page: the picture on the left, what can be done with it on the right."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from blip2.ui.caption import CaptionTab
 from blip2.ui.compare import CompareTab
 from blip2.ui.instruct import InstructTab
 from blip2.ui.models import Models
+from blip2.ui.picker import Picker
 from blip2.ui.picture import PictureBox, refused
-from blip2.ui.session import EXPECTED, Session, friendly
+from blip2.ui.session import Session
 from blip2.ui.tab import Tab, Updates
 from blip2.ui.talk import ChatTab
 from blip2.ui.theme import HEADER
@@ -37,25 +37,16 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
         state = gr.State(Session())
         with gr.Row(elem_id="top", equal_height=True):
             gr.HTML(HEADER, elem_id="header")
-            picker = gr.Dropdown(
-                models.choices(),
-                value=models.default,
-                label="Model",
-                allow_custom_value=models.local,
-                elem_id="model",
-                min_width=300,
-                scale=0,
-            )
-        model_note = gr.HTML(elem_id="model-note")
+            picker = Picker(models, state)
+        picker.notes()
         if models.local and (advice := device_advice()):
             gr.HTML(note(advice), elem_id="device-note")
-        notice = gr.HTML(models.notice(models.default), elem_id="notice")
         with gr.Row(elem_id="main"):
             with gr.Column(scale=5, min_width=320, elem_id="look"):
                 box = PictureBox()
                 why = Why(models, state, box.picture)
                 with gr.Accordion("About the model", open=False, elem_classes="settings"):
-                    card = gr.HTML(models.card(models.default), elem_id="card")
+                    picker.about()
             with gr.Column(scale=7, min_width=320, elem_id="ask"), gr.Tabs():
                 with gr.Tab("Chat", id="chat"):
                     chat = ChatTab(models, state, box.picture)
@@ -86,32 +77,15 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
                 updates[chat.note] = note("New picture: a new chat begins.")
             return updates
 
-        def choose(session: Session, name: str | None) -> Iterator[Updates]:
-            """The page after another model was chosen; it stays with the old one where that fails."""
-            before = session.model or models.default
-            name = (name or before).strip()
-            try:
-                if not models.is_loaded(name):
-                    yield {model_note: note(f"Loading {name} ...")}
-                models.get(name)
-            except EXPECTED as error:
-                sentence = f"{friendly(error).rstrip('.')}. {before} stays in use."
-                about = {card: models.card(name)} if name in models.names else {}
-                yield {model_note: note(sentence, "error"), picker: before, **about}
-                return
-            talked = session.chat is not None
-            session.use(name)
-            updates: Updates = {
-                model_note: "",
-                notice: models.notice(name),
-                card: models.card(name),
-                **chat.suggest(name),
-            }
+        def changed(session: Session, talked: bool) -> Updates:
+            """The page after another model was chosen."""
+            name = session.model or models.default
+            updates: Updates = {**chat.suggest(name)}
             for tab in tabs:
                 updates |= tab.cleared()
             if talked:
                 updates[chat.note] = note(f"New model: a new chat begins, with {name}.")
-            yield updates
+            return updates
 
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         # on opening too, so that a bad upload can give way to the picture that was open at first
@@ -123,12 +97,7 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
             trigger_mode="multiple",  # a change while one is under way must not get lost
             **private,
         )
-        picker.input(
-            choose,
-            [state, picker],
-            [picker, model_note, notice, card, *chat.suggestions, *cleared],
-            **private,
-        )
+        picker.wire(changed, [*chat.suggestions, *cleared])
         Api(models).add()
     demo.queue(max_size=QUEUE, default_concurrency_limit=8)
     demo.blip2_models = models

@@ -7,6 +7,7 @@ models. No gradio in this file.
 import hashlib
 import logging
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ class Session:
         """The conversation under way, or a new one."""
         if self.chat is None:
             self.chat = self.single(loaded)
+        self.chat.model = loaded.model
         self._answering.append(self.chat)
         return self.chat
 
@@ -169,15 +171,20 @@ class Session:
     def answering(self) -> Iterator[threading.Event]:
         """Begin an answer, ending one still under way; yields the event that asks to stop.
 
-        Whatever ends the block, a closed page included, the event is set and decoding ends.
+        Whatever ends the block, a closed page included, the event is set and decoding ends. From then on the
+        conversations hold their models weakly: the shelf may let one go while the visitor reads.
         """
         self.stop()
         stop = self._stop = threading.Event()
-        self._answering = []
+        begun = self._answering = []
         try:
             yield stop
         finally:
             stop.set()
+            for chat in begun:
+                if not isinstance(chat.model, weakref.ProxyTypes):
+                    weakly: Any = weakref.proxy(chat.model)
+                    chat.model = weakly
 
 
 def _open(data: bytes, name: str) -> Any:
