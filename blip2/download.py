@@ -85,8 +85,10 @@ def _download(repo_id: str, revision: str | None, watch: Watch | None) -> Path:
     safe = any(name.endswith(".safetensors") for name in files)
     suffixes = (".json", ".txt", ".model", ".safetensors" if safe else ".bin")  # releases hold weights twice
     sizes = {name: files[name].size or 0 for name in files if name.endswith(suffixes)}
-    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model") / "blobs"
-    blobs.mkdir(parents=True, exist_ok=True)
+    cache, folder = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=repo_id, repo_type="model")
+    blobs, locks = cache / folder / "blobs", cache / ".locks" / folder  # as the Hub's client has them
+    for made in (blobs, locks):
+        made.mkdir(parents=True, exist_ok=True)
     big = {name: files[name].lfs for name in sizes if sizes[name] > BIG and files[name].lfs}
     parts = {name: Part(blobs, str(lfs["sha256"]), sizes[name]) for name, lfs in big.items() if lfs}
     missing = sum(part.size - part.here for part in parts.values())
@@ -102,16 +104,16 @@ def _download(repo_id: str, revision: str | None, watch: Watch | None) -> Path:
         if not part.blob.exists():
             url = hf_hub_url(repo_id, name, revision=info.sha)
             try:
-                with WeakFileLock(f"{part.path}.lock", timeout=1):
+                with WeakFileLock(locks / f"{part.sha256}.lock", timeout=1):
                     part.fetch(url, partial(_tell, watch, done, total))
             except TimeoutError:
                 raise CheckpointError(f"{repo_id} is being downloaded by another program already") from None
         done += part.size
     patterns = [f"*{suffix}" for suffix in suffixes]
-    folder = snapshot_download(repo_id, revision=revision, allow_patterns=patterns)
+    done_in = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     if watch:
         watch(total, total)
-    return Path(folder)
+    return done_in
 
 
 def _tell(watch: Watch | None, before: int, total: int, here: int) -> None:

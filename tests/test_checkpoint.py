@@ -518,7 +518,7 @@ def cache(root, repo, source, complete=True):
 
 def test_hub_ids(originals, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    missing = ["is not in the cache", 'blip2 download blip2-opt-2.7b', "(15.0 GB)"]
+    missing = ["is not in the cache", "blip2 download blip2-opt-2.7b", "(15.0 GB)"]
     refuse("blip2-opt-2.7b", *missing)
     assert not checkpoint.is_available("blip2-opt-2.7b")
     refuse("someone/blip2-own", "blip2 download someone/blip2-own --revision v1", revision="v1")

@@ -282,10 +282,9 @@ class Models:
             if not is_out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)
+            free_unused()
             advice = fitting.advice(base, precision)
             raise CheckpointError(f"{name} does not fit into memory: {advice}") from None
-        finally:
-            free_unused()
 
     def _make_room(self, base: str, precision: str) -> None:
         """Let the least recently used leave until there is a place, and memory, for one more.
@@ -293,22 +292,24 @@ class Models:
         Raises:
             CheckpointError: there is not enough memory even so.
         """
-        needed, whole = fitting.needed(base, precision), fitting.memory().total
+        needed, whole, tidied = fitting.needed(base, precision), fitting.memory().total, False
         while True:
-            free_unused()
             free = fitting.space()
+            short = needed > free
             with self._lock:
                 shelved = [key for key in self._shelf if split(key)[0] not in EMBEDDED]
-                full, short = len(shelved) >= self.at_most, needed > free
-                if shelved and (full or (short and needed <= whole)):
+                leave = len(shelved) >= self.at_most or (short and tidied and needed <= whole)
+                if shelved and leave:
                     del self._shelf[shelved[0]]
-                    continue
-            if short:
-                raise CheckpointError(
-                    f"{join(base, precision)} needs {gigabytes(needed)} of memory, and {gigabytes(free)} of "
-                    f"{gigabytes(whole)} are free: {fitting.advice(base, precision)}"
-                )
-            return
+                elif short and tidied:
+                    raise CheckpointError(
+                        f"{join(base, precision)} needs {gigabytes(needed)} of memory, and {gigabytes(free)} "
+                        f"of {gigabytes(whole)} are free: {fitting.advice(base, precision)}"
+                    )
+                elif not short:
+                    return
+            free_unused()  # takes a third of a second, and all others wait: only where it may help
+            tidied = True
 
     def _check_allowed(self, name: str) -> None:
         base = split(name)[0]
