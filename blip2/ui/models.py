@@ -279,10 +279,10 @@ class Models:
         try:
             return checkpoint.load(base, precision=precision, local_files_only=self.only is None, watch=watch)
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # half a model
+            free_unused()
             if not is_out_of_memory(error):
                 raise
-            traceback.clear_frames(error.__traceback__)
-            free_unused()
             advice = fitting.advice(base, precision)
             raise CheckpointError(f"{name} does not fit into memory: {advice}") from None
 
