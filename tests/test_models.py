@@ -646,7 +646,9 @@ def test_what_is_missing_can_be_downloaded(picker, hub):
     assert f"blip2 download {NAME} (15.0 GB)" in last(shown, picker.note)
     assert "scenes-opt stays in use" in last(shown, picker.note) and last(shown, picker.list) == "scenes-opt"
     assert last(shown, picker.fetch)["visible"] and "15.0 GB" in last(shown, picker.fetch)["value"]
-    assert visitor.model is None and not last(shown, picker.cancel)["visible"]
+    assert visitor.model is None and last(shown, picker.cancel)["value"] == "Close"
+    closed = picker.close(visitor)
+    assert closed[picker.note] == "" and not closed[picker.fetch]["visible"]
     shown = list(picker.get_missing(visitor))
     assert any("non-commercial" in update.get(picker.note, "") for update in shown)
     assert split(visitor.model)[0] == NAME and last(shown, picker.note) == ""
@@ -658,7 +660,7 @@ def test_cancelling_returns_to_the_model_before(picker, slow, folders):
     first = next(going)
     assert first[picker.cancel]["visible"] and first[picker.list] == folders[0]
     next(going)
-    picker.give_up(visitor)
+    assert picker.close(visitor) == {picker.note: gr.skip()}
     began = time.monotonic()
     shown = list(going)
     assert time.monotonic() - began < 1

@@ -58,6 +58,12 @@ def label(name: str) -> str:
     return f"{preset.name} ({where}{suffix})"
 
 
+def title(name: str) -> str:
+    """A model in a sentence: a folder without where it lies."""
+    path = Path(name).expanduser()
+    return path.name if path.name and Path(name.rpartition("@")[0] or name).expanduser().is_dir() else name
+
+
 def card(name: str, local: bool) -> str:
     """HTML: what a model is, what it takes, what may be done with it; if local, what this machine has."""
     here = [("This machine", machine())] if local else []

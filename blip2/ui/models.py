@@ -239,7 +239,9 @@ class Models:
 
     def _load_job(self, name: str, kind: str) -> Job[Loaded]:
         key = self._key(name)
-        return self._joined((key, kind), lambda job: self._load(name, key, kind, job), f"Loading {name}")
+        return self._joined(
+            (key, kind), lambda job: self._load(name, key, kind, job), f"Loading {cards.title(name)}"
+        )
 
     def _load(self, name: str, key: str, kind: str, job: Job[Loaded]) -> Loaded:
         base, precision = split(name)
@@ -248,7 +250,7 @@ class Models:
             _check_kind(preset.name, preset.kind == "match", kind)
         embedded = split(key)[0] in EMBEDDED
         while not embedded and not self._room.acquire(timeout=0.2):
-            job.report(f"Loading {name}, after another model")
+            job.report(f"Loading {cards.title(name)}, after another model")
         try:
             with self._lock:
                 if key in self._shelf:
@@ -274,7 +276,7 @@ class Models:
         base, precision = split(name)
 
         def watch(done: int, total: int) -> None:
-            job.report(f"Loading {name}: {done} of {total} tensors")
+            job.report(f"Loading {cards.title(name)}: {done} of {total} tensors")
 
         try:
             return checkpoint.load(base, precision=precision, local_files_only=self.only is None, watch=watch)

@@ -7,8 +7,8 @@ from weakref import WeakKeyDictionary
 
 import gradio as gr
 
-from blip2.presets import EMBEDDED
-from blip2.ui.cards import FULL, find_preset, gigabytes, join, label, split
+from blip2.presets import EMBEDDED, PRESETS
+from blip2.ui.cards import FULL, find_preset, gigabytes, join, label, split, title
 from blip2.ui.models import Models
 from blip2.ui.session import EXPECTED, Session, friendly
 from blip2.ui.tab import QUIET, Updates
@@ -19,6 +19,19 @@ NO_BEST = (
     "No released model fits this machine's memory and disk: the smallest takes 3 GB of memory and 15 GB of "
     "disk. Close other programs, or start the app on a larger machine."
 )
+
+
+class Wish(threading.Event):
+    """A change of models under way; set once it is over, or given up.
+
+    Attributes:
+        shown: the model that the list shows meanwhile.
+        granted: it has come about, and can no longer be given up.
+    """
+
+    def __init__(self, shown: str):
+        super().__init__()
+        self.shown, self.granted = shown, False
 
 
 class Picker:
@@ -36,7 +49,7 @@ class Picker:
 
     def __init__(self, models: Models, state: gr.State):
         self.models, self.state = models, state
-        self._wishes: WeakKeyDictionary[Session, threading.Event] = WeakKeyDictionary()
+        self._wishes: WeakKeyDictionary[Session, Wish] = WeakKeyDictionary()
         self._missing: WeakKeyDictionary[Session, str] = WeakKeyDictionary()
         with gr.Column(scale=0, min_width=300, elem_id="pick"):
             self.list = gr.Dropdown(
@@ -59,13 +72,19 @@ class Picker:
         """Place the lines under the page's head."""
         with gr.Row(elem_id="model-line", equal_height=True):
             self.note = gr.HTML(elem_id="model-note")
-            self.cancel = gr.Button("Cancel", variant="stop", visible=False, min_width=90, scale=0)
-            self.fetch = gr.Button("Download it", visible=False, min_width=120, scale=0)
+            self.cancel = gr.Button("Cancel", variant="stop", size="sm", visible=False, min_width=90, scale=0)
+            self.fetch = gr.Button("Download it", size="sm", visible=False, min_width=120, scale=0)
         self.notice = gr.HTML(self.models.notice(self.models.default), elem_id="notice")
 
     def about(self) -> None:
         """Place what is said about the model, and the button that gets a real one."""
         self.card = gr.HTML(self.models.card(self.models.default), elem_id="card")
+        if self.models.local and (name := self.models.best()):
+            preset = PRESETS[split(name)[0]]
+            gr.Markdown(
+                f"The best for photographs on this machine: {label(name)}. {preset.license}",
+                elem_classes="fine-print",
+            )
         self.real = self.button()
 
     def button(self, **options: Any) -> gr.Button:
@@ -109,7 +128,7 @@ class Picker:
         clicks = [button.click for button in [self.real, *(buttons or [])]]
         gr.on(clicks, self.get_real, self.state, [*own, *outputs], **waiting)
         self.fetch.click(self.get_missing, self.state, [*own, *outputs], **waiting)
-        self.cancel.click(self.give_up, self.state, None, **QUIET)
+        self.cancel.click(self.close, self.state, [self.note, self.cancel, self.fetch], **QUIET)
 
     # --- events ---
 
@@ -118,7 +137,12 @@ class Picker:
 
         Without a precision in its name a model comes in the best that there is memory for.
         """
-        name = (name or session.model or self.models.default).strip()
+        wish, before = self._wishes.get(session), session.model or self.models.default
+        name = (name or before).strip()
+        shown = wish.shown if wish and not wish.is_set() else before
+        if name in (shown, self._listed(shown)):
+            yield {self.list: gr.skip()}  # the list tells of its value when it loses the focus, too
+            return
         yield from self._guarded(session, name, self._choosing(session, name))
 
     def choose_precision(self, session: Session, name: str | None, precision: str) -> Iterator[Updates]:
@@ -130,7 +154,7 @@ class Picker:
         """Download the best released checkpoint for this machine, if it is not here, and change to it."""
         name = self.models.best() if self.models.local else None
         if name is None:
-            yield {self.note: note(NO_BEST, "error")}
+            yield {self.note: note(NO_BEST, "error")} | self._at_rest(close=True)
             return
         yield from self._guarded(session, name, self._getting(session, name))
 
@@ -144,62 +168,71 @@ class Picker:
         if wish := self._wishes.get(session):
             wish.set()
 
+    def close(self, session: Session) -> Updates:
+        """Cancel, or where nothing is under way, put away what was said."""
+        if (wish := self._wishes.get(session)) and not wish.is_set():
+            wish.set()
+            return {self.note: gr.skip()}
+        return {self.note: "", **self._at_rest()}
+
     # --- how they go ---
 
     def _guarded(self, session: Session, name: str, going: Iterator[Updates]) -> Iterator[Updates]:
         """Do that, and show the model before where it fails."""
         self.give_up(session)
-        wish = self._wishes[session] = threading.Event()
         before = session.model or self.models.default
+        wish = self._wishes[session] = Wish(before)
         try:
             yield from going
-            if not wish.is_set():
-                return
-            if self._wishes.get(session) is not wish:
-                return  # the visitor has chosen anew: the page is theirs
-            said = {self.note: note(f"Cancelled. {before} stays in use.")}
+            if wish.granted or self._wishes.get(session) is not wish:
+                return  # or the visitor has chosen anew, and the page is about that
+            said = {self.note: note(f"Cancelled. {title(before)} stays in use.")}
         except EXPECTED as error:
             if self._wishes.get(session) is not wish:
                 return
-            sentence = f"{friendly(error).rstrip('.')}. {before} stays in use."
+            sentence = f"{friendly(error).rstrip('.')}. {title(before)} stays in use."
             said = {self.note: note(sentence, "error"), **self._offer_download(session, name)}
         finally:
             wish.set()
-        yield self._shown(before) | {self.cancel: gr.update(visible=False)} | said
+        yield self._shown(before) | self._at_rest(close=True) | said
 
     def _choosing(self, session: Session, name: str, precision: str | None = None) -> Iterator[Updates]:
         wish = self._wishes[session]
         full = join(split(name)[0], precision) if precision else self.models.fitting(name)
-        yield self._shown(full) | {self.fetch: gr.update(visible=False)} | self._busy(full)
+        wish.shown = full
+        begun = (
+            self._at_rest() if self.models.is_loaded(full) else self._under_way(f"Loading {title(full)} ...")
+        )
+        yield self._shown(full) | begun
         for doing in self.models.load(full, wish):
-            yield {self.note: note(f"{doing} ...")}
+            yield self._under_way(f"{doing} ...")
         if wish.is_set():
             return
         self.models.get(full)
-        talked = session.chat is not None
+        wish.granted, talked = True, session.chat is not None
         session.use(full)
-        done = {self.note: "", self.cancel: gr.update(visible=False), self.card: self.models.card(full)}
-        yield (
-            self._shown(full)
-            | done
-            | {self.notice: self.models.notice(full)}
-            | self._changed(session, talked)
-        )
+        about = {self.notice: self.models.notice(full), self.card: self.models.card(full), self.note: ""}
+        yield self._shown(full) | self._at_rest() | about | self._changed(session, talked)
 
     def _getting(self, session: Session, name: str) -> Iterator[Updates]:
         wish, preset = self._wishes[session], find_preset(split(name)[0])
         license = f" {preset.license}" if preset else ""
-        yield {self.cancel: gr.update(visible=True), self.fetch: gr.update(visible=False)}
+        yield {self.card: self.models.card(name)} | self._at_rest()
         for doing in self.models.download(name, wish):
-            yield {self.note: note(f"{doing}.{license}"), self.card: self.models.card(name)}
+            yield self._under_way(f"{doing}.{license}")
         if not wish.is_set():
             yield {self.list: gr.update(choices=self.models.choices())}
             yield from self._choosing(session, name)
 
-    def _busy(self, name: str) -> Updates:
-        if self.models.is_loaded(name):
-            return {self.note: ""}
-        return {self.note: note(f"Loading {name} ..."), self.cancel: gr.update(visible=True)}
+    def _under_way(self, doing: str) -> Updates:
+        """The lines under the head while something can be cancelled."""
+        cancel = gr.update(value="Cancel", visible=True)
+        return {self.note: note(doing), self.cancel: cancel, self.fetch: gr.update(visible=False)}
+
+    def _at_rest(self, close: bool = False) -> Updates:
+        """The buttons there when nothing can be cancelled; with one that puts a sentence away, if `close`."""
+        cancel = gr.update(value="Close" if close else "Cancel", visible=close)
+        return {self.cancel: cancel, self.fetch: gr.update(visible=False)}
 
     def _listed(self, name: str) -> str:
         """The list's value for a model: with a precision where the list has it so."""
