@@ -518,10 +518,10 @@ def cache(root, repo, source, complete=True):
 
 def test_hub_ids(originals, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    missing = ["is not in the cache", 'hf download Salesforce/blip2-opt-2.7b --exclude "*.bin"', "(15.0 GB)"]
+    missing = ["is not in the cache", "blip2 download blip2-opt-2.7b", "(15.0 GB)"]
     refuse("blip2-opt-2.7b", *missing)
     assert not checkpoint.is_available("blip2-opt-2.7b")
-    refuse("someone/blip2-own", "hf download someone/blip2-own --revision v1", revision="v1")
+    refuse("someone/blip2-own", "blip2 download someone/blip2-own --revision v1", revision="v1")
     cache(tmp_path, "someone/blip2-own", originals("opt"))
     assert checkpoint.is_available("someone/blip2-own")
     loaded = load("someone/blip2-own", device="cpu")
@@ -552,7 +552,7 @@ def test_no_network_says_what_to_run_later(module, expected, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(checkpoint, "snapshot_download", nothing_cached)
-    monkeypatch.setattr(checkpoint, "list_repo_files", fail)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
     with pytest.raises(expected, match="connection refused") as caught:
         checkpoint.load("blip2-opt-2.7b")
-    assert (module == "httpx2") == ("hf download Salesforce/blip2-opt-2.7b" in str(caught.value))
+    assert (module == "httpx2") == ("blip2 download blip2-opt-2.7b" in str(caught.value))

@@ -26,6 +26,7 @@ LAYERS = [
         "layout",
         "saving",
         "convert",
+        "download",
         "lavis_names",
         "novelty",
         "presets",

@@ -111,6 +111,10 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id (the language model's)")
     convert.add_argument("--dtype", choices=PRECISIONS[1:4], default="float32", help="of the new folder")
 
+    download = command("download", "checkpoints", "download a released checkpoint, or go on with it")
+    download.add_argument("model", metavar="MODEL", help="a name, such as blip2-opt-2.7b, or a Hub id")
+    download.add_argument("--revision", help="a branch, tag or commit (main)")
+
     info = command("info", "checkpoints", "list the models, or describe one: parameters, sizes, memory")
     info.add_argument("model", nargs="?", metavar="MODEL", help="a name, a folder, or a Hub id in the cache")
     return parser

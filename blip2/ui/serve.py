@@ -75,6 +75,14 @@ def _parser() -> argparse.ArgumentParser:
         "only this machine can reach the app",
     )
     parser.add_argument(
+        "--max-models",
+        type=int,
+        default=2,
+        metavar="N",
+        help="how many models stay in memory, the embedded ones not counted; the one used longest ago leaves "
+        "(default: 2)",
+    )
+    parser.add_argument(
         "--votes",
         type=Path,
         metavar="FILE",
@@ -122,13 +130,22 @@ def may_be_local(host: str, wanted: bool | None) -> bool:
     return private if wanted is None else wanted
 
 
-def build(*, local: bool = False, model: str | None = None, votes: Path | None = None) -> "gr.Blocks":
+def build(
+    *,
+    local: bool = False,
+    model: str | None = None,
+    votes: Path | None = None,
+    max_models: int = 2,
+    only: Sequence[str] | None = None,
+) -> "gr.Blocks":
     """The page, not yet served.
 
     Args:
         local: visitors may load released checkpoints and model folders.
-        model: the one open at first; default: the embedded default.
+        model: the one open at first; default: the first of `only`, else the embedded default.
         votes: a file for votes on compared answers; default: none are kept.
+        max_models: how many models stay in memory, the embedded ones not counted.
+        only: the models to offer, all kept in memory; None offers those there are.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it on import
     with _no_stubs():
@@ -137,7 +154,8 @@ def build(*, local: bool = False, model: str | None = None, votes: Path | None =
     from blip2.ui.models import Models
     from blip2.ui.page import page
 
-    return page(Models(model or DEFAULT, local=local), votes)
+    default = model or (only[0] if only else DEFAULT)
+    return page(Models(default, local=local, at_most=max_models, only=only), votes)
 
 
 @contextmanager
@@ -208,7 +226,9 @@ def _serve(options: argparse.Namespace) -> None:
 
     if options.votes is not None:
         options.votes.open("a").close()  # what is wrong with it is said now
-    demo = build(local=options.local, model=options.model, votes=options.votes)
+    if options.max_models < 1:
+        raise UsageError(f"--max-models is {options.max_models}; allowed: 1 or more")
+    demo = build(local=options.local, model=options.model, votes=options.votes, max_models=options.max_models)
     models = demo.blip2_models
     if options.model:
         models.get(models.default)  # the operator named it: what is wrong with it is said now
