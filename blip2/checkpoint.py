@@ -195,9 +195,7 @@ def _cached_or_downloaded(
         )
     try:
         names = list_repo_files(repo_id, revision=revision)
-        safe = any(name.endswith(".safetensors") for name in names)
-        patterns = ["*.json", "*.txt", "*.model", "*.safetensors" if safe else "*.bin"]
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=file_patterns(names)))
     except Exception as error:
         # the hub's client passes its HTTP library's own errors on: httpx's or httpx2's, by version
         if not isinstance(error, HfHubHTTPError | OSError) and not type(error).__module__.startswith("httpx"):
@@ -207,6 +205,12 @@ def _cached_or_downloaded(
             f"{repo_id} could not be downloaded: {reason}. {'' if preset else suggestions(repo_id) + ' '}"
             f"Later, with a connection: {command}"
         ) from error
+
+
+def file_patterns(names: list[str]) -> list[str]:
+    """Which of a repository's files make up its checkpoint: every weight once, not in both formats."""
+    safe = any(name.endswith(".safetensors") for name in names)
+    return ["*.json", "*.txt", "*.model", "*.safetensors" if safe else "*.bin"]
 
 
 def _choose_precision(precision: str, layout: Layout, device: torch.device) -> str:

@@ -16,7 +16,7 @@ import blip2
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"devices", "fetch", "config"},
+    {"devices", "fetch", "config", "resources"},
     {"base", "vision", "qformer", "language"},
     {"representation", "model"},
     {
@@ -31,7 +31,7 @@ LAYERS = [
         "presets",
     },
     {"generation", "chat", "explain"},
-    {"bulk", "server", "folder", "report", "sidecars"},
+    {"bulk", "server", "folder", "report", "sidecars", "deploy"},
     {"cli", "ui", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -3,6 +3,7 @@
 import html
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from blip2 import checkpoint
@@ -18,9 +19,10 @@ class Models:
     Args:
         default: a preset's name, a Hub id, or a folder: the operator's choice.
         local: visitors may load released checkpoints, from the cache, and folders.
+        offered: names of presets or Hub ids: the picker shows these alone, and they may be loaded.
     """
 
-    def __init__(self, default: str, *, local: bool = False):
+    def __init__(self, default: str, *, local: bool = False, offered: Sequence[str] = ()):
         preset = _preset(default)
         if preset is not None and preset.kind == "match":
             raise ValueError(
@@ -29,6 +31,8 @@ class Models:
             )
         self.default = preset.name if preset else default
         self.local = local
+        presets = ((name, _preset(name)) for name in offered)
+        self.offered = tuple(dict.fromkeys(preset.name if preset else name for name, preset in presets))
         self._loaded: dict[str, Loaded] = {}
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
@@ -36,12 +40,14 @@ class Models:
     @property
     def names(self) -> list[str]:
         """What the picker offers: embedded, then released; first the operator's own, if it is neither."""
+        if self.offered:
+            return list(self.offered)
         names = [preset.name for preset in PRESETS.values() if preset.kind == "generate"]
         return names if self.default in names else [self.default, *names]
 
     def choices(self) -> list[tuple[str, str]]:
         """(label, name) for the picker; a released checkpoint's label holds its download size."""
-        return [(_label(name), name) for name in self.names]
+        return [(name if name in self.offered else _label(name), name) for name in self.names]
 
     def is_loaded(self, name: str) -> bool:
         """Whether `get` returns at once."""
@@ -70,7 +76,7 @@ class Models:
             return self._loaded[name]
 
     def _check_allowed(self, name: str) -> None:
-        if name in EMBEDDED or name == self.default or self.local:
+        if name in EMBEDDED or name == self.default or name in self.offered or self.local:
             return
         raise CheckpointError(
             f"{name} is not served here: the app's operator can start it with --model {name}, "
@@ -110,9 +116,11 @@ class Models:
     def instead(self) -> str:
         """A sentence on where to turn with a picture that an embedded model does not know."""
         names = [preset.name for preset in PRESETS.values() if preset.kind == "generate" and preset.repo_id]
-        name = self.default if self.default in names else names[0]
-        if self.local or name == self.default:
-            return f"Choose a released model above, such as {_label(name)}, or have an answer all the same."
+        here = [name for name in (self.default, *self.offered) if name in names]
+        name = here[0] if here else names[0]
+        if self.local or here:
+            label = name if name in self.offered else _label(name)
+            return f"Choose a released model above, such as {label}, or have an answer all the same."
         return (
             "The released models are for photographs, but not served here: the app's operator can start it "
             f"with --model {name}. Or have an answer all the same."

@@ -8,7 +8,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,21 +32,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    with until_stopped():
+        try:
+            options.host = options.host or ("0.0.0.0" if _on_spaces() else "127.0.0.1")
+            options.local = may_be_local(options.host, options.local)
+            _serve(options)
+        except UsageError as error:
+            parser.error(str(error))
+        except (ValueError, OSError) as error:
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+            sys.exit(1)
+
+
+@contextmanager
+def until_stopped() -> Iterator[None]:
+    """Let Ctrl-C or `kill` end in order what runs inside, and take the uploads along."""
     # as Ctrl-C, also where a script started us in the background; as `kill` and containers end programs
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     temporary = None
     try:
-        options.host = options.host or ("0.0.0.0" if _on_spaces() else "127.0.0.1")
-        options.local = may_be_local(options.host, options.local)
         if "GRADIO_TEMP_DIR" not in os.environ:  # a folder of our own: nothing uploaded outlives the app
             temporary = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="blip2-app-")
-        _serve(options)
-    except UsageError as error:
-        parser.error(str(error))
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(1)
+        yield
     except KeyboardInterrupt:
         print("\nStopped.", flush=True)
     finally:
@@ -169,20 +178,31 @@ def _serve(options: argparse.Namespace) -> None:
         raise UsageError(f"--port is {options.port}; allowed: 1 to 65535")
     if sys.stdout.isatty():
         print("Starting ...", end="\r", flush=True)
-    from blip2.devices import device_advice
-
     if options.votes is not None:
         options.votes.open("a").close()  # what is wrong with it is said now
     demo = build(local=options.local, model=options.model, votes=options.votes)
-    models = demo.blip2_models
     if options.model:
-        models.get(models.default)  # the operator named it: what is wrong with it is said now
+        demo.blip2_models.get(
+            demo.blip2_models.default
+        )  # the operator named it: what is wrong with it is said now
+    keep_serving(demo, host=options.host, port=options.port)
+
+
+def keep_serving(demo: "gr.Blocks", *, host: str, port: int | None = None) -> None:
+    """Serve a page until the process is interrupted; where it is, is printed.
+
+    Raises:
+        OSError: the port, or all that were tried, are taken.
+    """
+    from blip2.devices import device_advice
+
+    models = demo.blip2_models
     try:
-        address = launch(demo, host=options.host, port=options.port)
+        address = launch(demo, host=host, port=port)
         if advice := device_advice():
             print(advice, file=sys.stderr)
         print(f"BLIP-2 is ready: {address}", flush=True)
-        if not is_loopback(options.host):
+        if not is_loopback(host):
             print("Others can reach it: they can upload pictures and use the models offered, no more.")
         print("Ctrl-C ends it.", flush=True)
         try:
