@@ -19,7 +19,8 @@ class Models:
     Args:
         default: a preset's name, a Hub id, or a folder: the operator's choice.
         local: visitors may load released checkpoints, from the cache, and folders.
-        offered: names of presets or Hub ids: the picker shows these alone, and they may be loaded.
+        offered: names of presets or Hub ids: these alone are in the picker and may be loaded; to score
+            texts, the embedded one may, too.
     """
 
     def __init__(self, default: str, *, local: bool = False, offered: Sequence[str] = ()):
@@ -76,7 +77,9 @@ class Models:
             return self._loaded[name]
 
     def _check_allowed(self, name: str) -> None:
-        if name in EMBEDDED or name == self.default or name in self.offered or self.local:
+        if name in EMBEDDED and (not self.offered or PRESETS[name].kind == "match"):
+            return
+        if name == self.default or name in self.offered or self.local:
             return
         raise CheckpointError(
             f"{name} is not served here: the app's operator can start it with --model {name}, "

@@ -44,7 +44,11 @@ def build(file: Path) -> "gr.Blocks":
         SystemExit: a model or the dataset for votes cannot be had; the message says why.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it on import
+    if os.environ.get("SPACES_ZERO_GPU"):
+        # ZeroGPU stands in for CUDA in this thread alone, while transformers would load in several
+        os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
     from blip2.checkpoint import locate
+    from blip2.ui.api import MATCHING
     from blip2.ui.models import Models
     from blip2.ui.page import page
     from blip2.ui.votes import Votes
@@ -56,6 +60,7 @@ def build(file: Path) -> "gr.Blocks":
         for name in models.offered:
             locate(name)  # downloaded, if the Space's build has not done it
             models.get(name)
+        models.get(MATCHING, "match")
     except ValueError as error:
         sys.exit(f"The Space cannot start: {error}")
     return page(models, votes.file)
