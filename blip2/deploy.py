@@ -275,7 +275,7 @@ def _hub_errors(repo_id: str) -> Iterator[None]:
         raise DeployError(_refusal(repo_id, error)) from error
     except Exception as error:
         # the hub's client passes its HTTP library's own errors on: httpx's or httpx2's, by version
-        if not isinstance(error, OSError) and not type(error).__module__.startswith("httpx"):
+        if not isinstance(error, ConnectionError) and not type(error).__module__.startswith("httpx"):
             raise
         reason = " ".join(str(error).split())[:300]
         raise NoConnectionError(f"the Hub cannot be reached: {reason}") from error
