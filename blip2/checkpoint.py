@@ -178,14 +178,17 @@ def _cached_or_downloaded(
     repo_id: str, revision: str | None, local_files_only: bool, preset: Preset | None = None
 ) -> Path:
     """The local copy of a Hub repository."""
+    found: str | None
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
-        if is_complete(folder):  # and no download that was broken off
-            return folder
-    except LocalEntryNotFoundError:
-        pass
+        found = snapshot_download(repo_id, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError as error:
+        found = getattr(
+            error, "snapshot_path", None
+        )  # files are missing, it may be those left out on purpose
     except HFValidationError as error:
         raise CheckpointError(f"{repo_id!r} is not a Hub id: {error}") from error
+    if found is not None and is_complete(Path(found)):  # and no download that was broken off
+        return Path(found)
     command = f"hf download {repo_id}" + (f" --revision {revision}" if revision else "")
     command += ' --exclude "*.bin"' if preset else ""  # the releases hold every weight twice
     size = f" ({preset.download_bytes / 1e9:.1f} GB)" if preset else ""
