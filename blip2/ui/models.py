@@ -111,9 +111,11 @@ class Models:
         """HTML: what the embedded models know, in so many words; nothing for others."""
         if name not in EMBEDDED:
             return ""
+        instead = "For photographs choose a released model."
+        if self.offered and set(self.offered) <= set(EMBEDDED):
+            instead = "The released models, for photographs, are not served here."
         return (
-            f'<div class="notice"><strong>{name}</strong> knows drawn scenes only: {WORLD}. '
-            "For photographs choose a released model.</div>"
+            f'<div class="notice"><strong>{name}</strong> knows drawn scenes only: {WORLD}. {instead}</div>'
         )
 
     def instead(self) -> str:
