@@ -181,14 +181,15 @@ def is_available(name_or_path: str | Path, revision: str | None = None) -> bool:
 
 def _cached_or_downloaded(repo_id: str, revision: str | None, local_files_only: bool) -> Path:
     """The local copy of a Hub repository."""
+    found: str | None
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
-        if is_complete(folder):  # and no download that was broken off
-            return folder
-    except LocalEntryNotFoundError:
-        pass
+        found = snapshot_download(repo_id, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError as error:
+        found = getattr(error, "snapshot_path", None)  # files are missing, maybe on purpose
     except HFValidationError as error:
         raise CheckpointError(f"{repo_id!r} is not a Hub id: {error}") from error
+    if found is not None and is_complete(Path(found)):  # and no download that was broken off
+        return Path(found)
     if local_files_only or constants.HF_HUB_OFFLINE:
         raise CheckpointError(
             f"{repo_id} is not in the cache, and downloading is off. "

@@ -41,6 +41,13 @@ def released(repo_id: str) -> Preset | None:
     return preset if preset.repo_id == repo_id else None
 
 
+def needed(names: list[str]) -> list[str]:
+    """Those of a repository's files that make up its checkpoint; releases hold every weight twice."""
+    safe = any(name.endswith(".safetensors") for name in names)
+    suffixes = (".json", ".txt", ".model", ".safetensors" if safe else ".bin")
+    return [name for name in names if name.endswith(suffixes)]
+
+
 def download(repo_id: str, revision: str | None = None, watch: Watch | None = None) -> Path:
     """Bring a repository's weights, configuration and tokenizer into the Hub's cache.
 
@@ -82,9 +89,7 @@ def download(repo_id: str, revision: str | None = None, watch: Watch | None = No
 def _download(repo_id: str, revision: str | None, watch: Watch | None) -> Path:
     info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
     files = {file.rfilename: file for file in info.siblings or ()}
-    safe = any(name.endswith(".safetensors") for name in files)
-    suffixes = (".json", ".txt", ".model", ".safetensors" if safe else ".bin")  # releases hold weights twice
-    sizes = {name: files[name].size or 0 for name in files if name.endswith(suffixes)}
+    sizes = {name: files[name].size or 0 for name in needed(list(files))}
     cache, folder = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=repo_id, repo_type="model")
     blobs, locks = cache / folder / "blobs", cache / ".locks" / folder  # as the Hub's client has them
     for made in (blobs, locks):
@@ -109,8 +114,7 @@ def _download(repo_id: str, revision: str | None, watch: Watch | None) -> Path:
             except TimeoutError:
                 raise CheckpointError(f"{repo_id} is being downloaded by another program already") from None
         done += part.size
-    patterns = [f"*{suffix}" for suffix in suffixes]
-    done_in = Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+    done_in = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(sizes)))
     if watch:
         watch(total, total)
     return done_in

@@ -530,6 +530,21 @@ def test_hub_ids(originals, tmp_path, monkeypatch):
     refuse("blip2-opt-2.7b", *missing)  # a download that was broken off
 
 
+@pytest.mark.parametrize("complete", [True, False])
+def test_files_left_out_on_purpose_are_not_missed(originals, tmp_path, monkeypatch, complete):
+    """The releases hold every weight twice; the Hub's client keeps the list of all files beside the cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cache(tmp_path, "Salesforce/blip2-opt-2.7b", originals("opt"), complete)
+    base = tmp_path / "models--Salesforce--blip2-opt-2.7b"
+    files = [path.name for path in (base / "snapshots" / ("0" * 40)).iterdir()]
+    entries = {name: {"size": 1, "blob_id": "0" * 40} for name in [*files, "README.md", "pytorch_model.bin"]}
+    (base / "trees").mkdir()
+    (base / "trees" / f"{'0' * 40}.json").write_text(json.dumps({"format_version": 1, "files": entries}))
+    assert checkpoint.is_available("blip2-opt-2.7b") is complete
+    if complete:
+        assert load("blip2-opt-2.7b", device="cpu", local_files_only=True).name == "blip2-opt-2.7b"
+
+
 def test_weights_are_tensors_once(originals):
     """Tied tensors are stored once, as safetensors and transformers 5 have it."""
     with safe_open(originals("opt") / "model.safetensors", "pt") as stored:

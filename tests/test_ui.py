@@ -42,6 +42,7 @@ from blip2.ui.serve import UsageError, is_loopback, may_be_local
 from blip2.ui.session import Session
 from blip2.ui.stop import Stop
 from blip2.ui.talk import ChatTab
+from blip2.ui.votes import Votes
 from blip2.ui.why import Why
 from blip2.ui.words import SILENCE, note, plain, receipt
 from blip2.ui.work import Work
@@ -293,7 +294,8 @@ def tabs(request):
     work = Work(models, zerogpu.gpu if request.param == "zerogpu" else None)
     with gr.Blocks():
         state, box = gr.State(Session()), Picture()
-        made = {tab: tab(work, state, box) for tab in (CaptionTab, InstructTab, CompareTab, Why)}
+        made = {tab: tab(work, state, box) for tab in (CaptionTab, InstructTab, Why)}
+        made[CompareTab] = CompareTab(work, state, box, Votes())
         made[ChatTab] = ChatTab(work, state, box, history.panel())
     return made
 
@@ -446,7 +448,7 @@ def test_both_answer_in_their_own_frames(tabs, tmp_path, monkeypatch):
     assert last(shown, tab.votes[0])["interactive"] is True
 
     file = tmp_path / "votes.jsonl"
-    monkeypatch.setattr(tab, "votes_file", file)
+    monkeypatch.setattr(tab, "kept", Votes(file))
     said = tab.vote(VOTES[1], visitor)
     assert "scenes-flan-t5 1" in said[tab.tally] and "scenes-opt 0" in said[tab.tally]
     tab.vote(VOTES[0], visitor)  # once a pair

@@ -107,14 +107,15 @@ def machine() -> str:
     return f"{words}; {device_name()}, {gigabytes(accelerator.free)} of {gigabytes(accelerator.total)} free"
 
 
-def notice(name: str) -> str:
-    """HTML: what the embedded models know, in so many words; nothing for others."""
+def notice(name: str, served: bool = True) -> str:
+    """HTML: what the embedded models know; nothing for others. `served` says whether released ones are."""
     base = name.rpartition("@")[0] or name
     if base not in EMBEDDED:
         return ""
+    instead = "choose a released model" if served else "there are the released models, not served here"
     return (
         f'<div class="notice"><strong>{base}</strong> knows drawn scenes only: {WORLD}. '
-        "For photographs choose a released model.</div>"
+        f"For photographs {instead}.</div>"
     )
 
 

@@ -52,12 +52,14 @@ class Models:
             )
         if at_most < 1:
             raise ValueError(f"at most {at_most} models in memory leaves none: use 1 or more")
-        if only is not None and default not in only:
-            raise ValueError(f"the default model {default} is not among those to offer: {', '.join(only)}")
-        self.default = join(preset.name, split(default)[1]) if preset else default
+        self.default = _plain(default)
+        self.only = None if only is None else tuple(dict.fromkeys(map(_plain, only)))
+        if self.only is not None and self.default not in self.only:
+            raise ValueError(
+                f"the default model {default} is not among those to offer: {', '.join(self.only)}"
+            )
         self.local = local and only is None
         self.at_most = at_most
-        self.only = None if only is None else tuple(only)
         self._shelf: OrderedDict[str, Loaded] = OrderedDict()  # the least recently used first
         self._jobs: dict[tuple[str, str], Job[Any]] = {}
         self._titles: dict[str, str] = {}
@@ -77,7 +79,10 @@ class Models:
 
     def choices(self) -> list[tuple[str, str]]:
         """(label, name) for the picker; the label tells what has to be downloaded, and how much."""
-        return [(cards.label(name), name) for name in self.names]
+        return [(self._label(name), name) for name in self.names]
+
+    def _label(self, name: str) -> str:
+        return cards.label(name) if self.only is None else name  # all are loaded: nothing to tell
 
     def precisions(self, name: str) -> list[tuple[str, str]]:
         """(label, precision) to choose from for a model; empty where there is no choice."""
@@ -334,7 +339,8 @@ class Models:
 
     def notice(self, name: str) -> str:
         """HTML: what the embedded models know, in so many words; nothing for others."""
-        return cards.notice(name)
+        served = self.only is None or any(split(name)[0] not in EMBEDDED for name in self.only)
+        return cards.notice(name, served)
 
     def instead(self) -> str:
         """A sentence on where to turn with a picture that an embedded model does not know."""
@@ -343,12 +349,19 @@ class Models:
         name = self.default if split(self.default)[0] in names else [*served, *names][0]
         if self.local or served or name == self.default:
             return (
-                f"Choose a released model above, such as {cards.label(name)}, or have an answer all the same."
+                f"Choose a released model above, such as {self._label(name)}, or have an answer all the same."
             )
         return (
             "The released models are for photographs, but not served here: the app's operator can start it "
             f"with --model {name}. Or have an answer all the same."
         )
+
+
+def _plain(name: str) -> str:
+    """A preset by its own name, however it was named."""
+    base, precision = split(name)
+    preset = find_preset(base)
+    return join(preset.name, precision) if preset else name
 
 
 def _check_kind(name: str, matches: bool, kind: str) -> None:

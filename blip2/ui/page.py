@@ -1,6 +1,5 @@
 """The page: the picture on the left, what can be done with it on the right."""
 
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -13,13 +12,13 @@ from blip2.ui.caption import CaptionTab
 from blip2.ui.compare import CompareTab
 from blip2.ui.files import held
 from blip2.ui.instruct import InstructTab
-from blip2.ui.models import Models
 from blip2.ui.picker import Picker
 from blip2.ui.picture import PictureBox, refused
 from blip2.ui.session import Session
 from blip2.ui.tab import Tab, Updates
 from blip2.ui.talk import ChatTab
 from blip2.ui.theme import HEADER
+from blip2.ui.votes import Votes
 from blip2.ui.why import Why
 from blip2.ui.words import note
 from blip2.ui.work import Work
@@ -29,15 +28,16 @@ DELETE_CACHE = (300, 3000)
 QUEUE = 64  # those who wait for a place in the line
 
 
-def page(models: Models, votes: Path | None = None) -> gr.Blocks:
-    """Build the page over a shelf of models, which it keeps as `blip2_models`.
+def page(work: Work, votes: Votes) -> gr.Blocks:
+    """Build the page; it keeps the shelf of models as `blip2_models`.
 
     Args:
-        models: the shelf.
-        votes: a file for votes on compared answers; None keeps none.
+        work: the models, and where they work.
+        votes: where votes on compared answers go.
     """
+    models = work.models
     with gr.Blocks(title="BLIP-2", analytics_enabled=False, delete_cache=DELETE_CACHE) as demo:
-        state, work = gr.State(Session()), Work(models)
+        state = gr.State(Session())
         with gr.Row(elem_id="top", equal_height=True):
             gr.HTML(HEADER, elem_id="header")
             picker = Picker(models, state)

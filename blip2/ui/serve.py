@@ -36,22 +36,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    with until_stopped():
+        try:
+            options.host = options.host or ("0.0.0.0" if _on_spaces() else "127.0.0.1")
+            options.local = may_be_local(options.host, options.local)
+            _serve(options)
+        except UsageError as error:
+            parser.error(str(error))
+        except (ValueError, OSError) as error:
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+            sys.exit(1)
+
+
+@contextmanager
+def until_stopped() -> Iterator[None]:
+    """Let Ctrl-C or `kill` end in order what runs inside, and take the uploads along."""
     # as Ctrl-C, also where a script started us in the background; as `kill` and containers end programs
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     temporary = None
     try:
-        options.host = options.host or ("0.0.0.0" if _on_spaces() else "127.0.0.1")
-        options.local = may_be_local(options.host, options.local)
         if "GRADIO_TEMP_DIR" not in os.environ:  # a folder of our own: nothing uploaded outlives the app
             temporary = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="blip2-app-")
-        _serve(options)
-    except UsageError as error:
-        parser.error(str(error))
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(1)
-    except (KeyboardInterrupt, SystemExit):  # gradio exits by itself where Node renders the page
+        yield
+    except KeyboardInterrupt:
         print("\nStopped.", flush=True)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave uploads behind
@@ -153,9 +161,11 @@ def build(
     from blip2.presets import DEFAULT
     from blip2.ui.models import Models
     from blip2.ui.page import page
+    from blip2.ui.votes import Votes
+    from blip2.ui.work import Work
 
     default = model or (only[0] if only else DEFAULT)
-    return page(Models(default, local=local, at_most=max_models, only=only), votes)
+    return page(Work(Models(default, local=local, at_most=max_models, only=only)), Votes(votes))
 
 
 @contextmanager
@@ -222,8 +232,6 @@ def _serve(options: argparse.Namespace) -> None:
         raise UsageError(f'--mcp takes a package more: {sys.executable} -m pip install "gradio[mcp]"')
     if sys.stdout.isatty():
         print("Starting ...", end="\r", flush=True)
-    from blip2.devices import device_advice
-
     if options.votes is not None:
         options.votes.open("a").close()  # what is wrong with it is said now
     if options.max_models < 1:
@@ -232,10 +240,22 @@ def _serve(options: argparse.Namespace) -> None:
     models = demo.blip2_models
     if options.model:
         models.get(models.default)  # the operator named it: what is wrong with it is said now
+    keep_serving(demo, host=options.host, port=options.port, mcp=options.mcp)
+
+
+def keep_serving(demo: "gr.Blocks", *, host: str, port: int | None = None, mcp: bool = False) -> None:
+    """Serve a page until the process is interrupted; where it is, is printed.
+
+    Raises:
+        OSError: the port, or all that were tried, are taken.
+    """
+    from blip2.devices import device_advice
+
+    models = demo.blip2_models
     try:
-        address = launch(demo, host=options.host, port=options.port, mcp=options.mcp)
+        address = launch(demo, host=host, port=port, mcp=mcp)
         print(f"BLIP-2 is ready: {address}", flush=True)
-        if not is_loopback(options.host):
+        if not is_loopback(host):
             print("Others can reach it: they can upload pictures and use the models offered, no more.")
         print("Ctrl-C ends it.", flush=True)
         if advice := device_advice():
@@ -245,5 +265,7 @@ def _serve(options: argparse.Namespace) -> None:
         except ValueError as error:
             print(error, file=sys.stderr)
         threading.Event().wait()
+    except SystemExit:  # gradio's own way to end where Node renders the page
+        raise KeyboardInterrupt from None
     finally:
         demo.close(verbose=False)
