@@ -31,7 +31,8 @@ class Entry:
     Attributes:
         image: the picture's path within the folder, with forward slashes.
         captions: one or more.
-        match: probability of each that it fits the picture (ITM); empty where none was asked for.
+        match: probability of each that it fits the picture (ITM), NaN where there is none; empty where there
+            is none at all.
         answers: by question.
     """
 
@@ -39,6 +40,16 @@ class Entry:
     captions: tuple[str, ...]
     match: tuple[float, ...] = ()
     answers: dict[str, str] = field(default_factory=dict)
+
+
+def sidecar_text(entry: Entry) -> str:
+    """A caption a line, with the answers after it."""
+    return "".join(f"{', '.join([caption, *entry.answers.values()])}\n" for caption in entry.captions)
+
+
+def worst_match(match: Iterable[float]) -> float:
+    """What pictures are ordered by: their worst caption's score; those without any come last."""
+    return min((score for score in match if score == score), default=2.0)
 
 
 class Sidecars:
@@ -52,6 +63,7 @@ class Sidecars:
 
     def __init__(self, folder: str | Path, ending: str = ".txt", if_exists: IfExists = "skip"):
         self.folder, self.ending, self.if_exists = Path(folder), ending, if_exists
+        self._before: dict[Path, str] = {}  # what an appended file held
 
     def __enter__(self) -> Self:
         return self
@@ -81,12 +93,14 @@ class Sidecars:
         return [image for image in pictures if not self.path(image).exists()]
 
     def write(self, entry: Entry) -> None:
-        """Write the text file."""
+        """Write the text file; written again, an entry replaces itself."""
         path = self.path(entry.image)
-        text = "".join(f"{', '.join([caption, *entry.answers.values()])}\n" for caption in entry.captions)
-        if self.if_exists == "append" and path.exists():
-            before = path.read_text("utf-8-sig", errors="surrogateescape")
-            text = before + "\n" * (not before.endswith("\n") and bool(before)) + text
+        text = sidecar_text(entry)
+        if self.if_exists == "append":
+            if path not in self._before:
+                there = path.read_text("utf-8-sig", errors="surrogateescape") if path.exists() else ""
+                self._before[path] = there + "\n" * (bool(there) and not there.endswith("\n"))
+            text = self._before[path] + text
         replace_text(path, text)
 
 
@@ -143,7 +157,7 @@ class Table:
     def _tidy(self) -> None:
         entries = list(self.entries.values())
         if any(entry.match for entry in entries):
-            entries.sort(key=lambda entry: min((m for m in entry.match if m == m), default=2.0))
+            entries.sort(key=lambda entry: worst_match(entry.match))
         else:
             entries.sort(key=lambda entry: (entry.image.lower(), entry.image))
         head = [] if self.path.suffix == ".jsonl" else [["image", "caption", "match", *self.questions]]
@@ -151,7 +165,7 @@ class Table:
 
     def _lines(self, entries: Iterable[Entry]) -> str:
         if self.path.suffix == ".jsonl":
-            return "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in entries)
+            return "".join(_json(entry) for entry in entries)
         rows = []
         for entry in entries:
             answers = [entry.answers.get(question, "") for question in self.questions]
@@ -193,9 +207,15 @@ def _read_table(path: Path) -> dict[str, Entry]:
         ) from error
 
 
+def _json(entry: Entry) -> str:
+    match = [score if score == score else None for score in entry.match]  # JSON has no NaN
+    return json.dumps(asdict(entry) | {"match": match}, ensure_ascii=False) + "\n"
+
+
 def _from_json(line: str) -> Entry:
     value = json.loads(line)
-    return Entry(value["image"], tuple(value["captions"]), tuple(value["match"]), dict(value["answers"]))
+    match = tuple(float("nan") if score is None else score for score in value["match"])
+    return Entry(value["image"], tuple(value["captions"]), match, dict(value["answers"]))
 
 
 def replace_text(path: Path, text: str) -> None:
