@@ -8,10 +8,12 @@ import csv
 import io
 import json
 import os
+import zipfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Literal, Self
 
@@ -102,6 +104,16 @@ class Sidecars:
                 self._before[path] = there + "\n" * (bool(there) and not there.endswith("\n"))
             text = self._before[path] + text
         replace_text(path, text)
+
+
+def zip_sidecars(entries: Sequence[Entry], ending: str, path: Path) -> None:
+    """Write text files into a new .zip, named after their pictures; after their whole names where need be."""
+    names = [PurePosixPath(entry.image).with_suffix(ending).as_posix() for entry in entries]
+    counts = Counter(name.lower() for name in names)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, entry in zip(names, entries, strict=True):
+            own = entry.image + ending if counts[name.lower()] > 1 else name
+            file.writestr(own, sidecar_text(entry))
 
 
 class Table:

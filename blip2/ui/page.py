@@ -11,6 +11,7 @@ from blip2.images import ImageError
 from blip2.ui.api import Api
 from blip2.ui.caption import CaptionTab
 from blip2.ui.compare import CompareTab
+from blip2.ui.folder import FolderTab
 from blip2.ui.instruct import InstructTab
 from blip2.ui.models import Models
 from blip2.ui.picture import PictureBox, refused
@@ -65,6 +66,8 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
                     instruct = InstructTab(models, state, box.picture)
                 with gr.Tab("Compare", id="compare", render_children=True):
                     compare = CompareTab(models, state, box.picture, votes)
+                with gr.Tab("Folder", id="folder", render_children=True):
+                    FolderTab(models, state, box.picture)
         tabs: list[Tab] = [chat, caption, instruct, compare, why]
         cleared = [component for tab in tabs for component in tab.cleared()]
 
