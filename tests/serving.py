@@ -57,7 +57,7 @@ class App:
     lines: list[str]
 
     def journal(self) -> dict[str, int]:
-        """How often the server has done what: "tokens" decoded, "pictures" "encoded" in batches, models "loaded"."""
+        """How often the server has done what: "tokens" decoded, "pictures" "encoded", models "loaded"."""
         path = self.folder / "journal.json"
         return json.loads(path.read_text()) if path.exists() else {}
 

@@ -35,10 +35,12 @@ FORMATS = [
 ORDERS = ["As taken", "Worst match first"]
 WRITTEN, UNWRITTEN = ", the texts lie beside them", ", nothing is written yet"
 SCRIPT = Path(__file__).with_name("pile.js").read_text(encoding="utf-8")
-TEMPLATE = """<div class="pile" role="table" aria-label="Pictures and their captions" hidden>
+TEMPLATE = """<div class="pile" hidden>
+<div role="table" aria-label="Pictures and their captions">
 <div role="rowgroup" class="head"><div role="row"><span role="columnheader">Picture</span>
 <span role="columnheader">Captions and match</span></div></div>
 <div role="rowgroup" class="rows"></div>
+</div>
 <nav aria-label="Pages of the table"><button type="button">Previous</button><span role="status"></span>
 <button type="button">Next</button></nav>
 </div>"""
@@ -207,7 +209,7 @@ class FolderTab(Tab):
 
         Args:
             first: only the first so many, and nothing is written beside them; None: all.
-            anyway: those too that the model does not know.
+            anyway: as the last time, and those too that the model does not know.
             session: the visitor's.
             pile: the visitor's.
             files: dropped ones.
@@ -221,6 +223,7 @@ class FolderTab(Tab):
         wanted = replace(self.options.captioning(values[:count], name, generation), force=anyway)
         settings = Settings(name, options["scorer"] or None, wanted)
         out = self._take(pile, files or [], (folder or "").strip(), recursive, options)
+        first = pile.first = pile.first if anyway else first
         if first:
             out = None
         rows, skipped = pile.plan(settings, out, first=first, anyway=anyway)
@@ -262,7 +265,9 @@ class FolderTab(Tab):
         facts = _facts(done, len(rows), skipped, where)
         if done:
             facts.append(f"{time.monotonic() - start:.1f} s.")
-        unknown = sum(isinstance(row.result, Failure) and row.result.unknown for row in pile.rows.values())
+        if not pile.rows:
+            facts, remarks = [], ""  # the visitor has started over
+        unknown = sum(row.unknown and row.settings == settings for row in pile.rows.values())
         if unknown:
             kind = f"{'is' if unknown == 1 else 'are'} of a kind that {name} does not know"
             facts.append(f"{counted(unknown, 'picture')} {kind}. {self.models.instead()}")
@@ -295,7 +300,7 @@ class FolderTab(Tab):
 
 def _facts(done: list[Row], planned: int, skipped: int, where: str) -> list[str]:
     """Sentences on how a run went."""
-    failed = [row for row in done if isinstance(row.result, Failure) and not row.result.unknown]
+    failed = [row for row in done if isinstance(row.result, Failure) and not row.unknown]
     captioned = sum(isinstance(row.result, Entry) for row in done)
     facts = []
     if len(done) < planned:

@@ -1,9 +1,9 @@
 // The table of the Folder tab. gradio runs this as a function's body, with: element, trigger, props, watch.
 // A value comes -> rows that are new are made, those that are there stay as they are, with what is being typed.
 // Everything in a value is text, and is shown as text.
-const table = element.querySelector(".pile");
-const body = table.querySelector("[role=rowgroup].rows");
-const pager = table.querySelector("nav");
+const pile = element.querySelector(".pile");
+const body = pile.querySelector(".rows");
+const pager = pile.querySelector("nav");
 const [previous, next] = pager.querySelectorAll("button");
 const edits = new Map(); // "row:made:which" -> the visitor's text; it wins over what the server still sends
 
@@ -67,7 +67,7 @@ function render() {
   wanted.forEach((row, place) => {
     if (body.children[place] !== row) body.insertBefore(row, body.children[place] ?? null);
   });
-  table.hidden = total === 0;
+  pile.hidden = total === 0;
   pager.hidden = pages < 2;
   pager.querySelector("span").textContent = `${first}–${first + rows.length - 1} of ${total}`;
   previous.disabled = page <= 1;
@@ -76,7 +76,7 @@ function render() {
 
 previous.addEventListener("click", () => trigger("select", { by: -1 }));
 next.addEventListener("click", () => trigger("select", { by: 1 }));
-table.edits = () =>
+pile.edits = () =>
   JSON.stringify([...edits].map(([key, text]) => [...key.split(":").map(Number), text]));
 watch("value", render);
 render();

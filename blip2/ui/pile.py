@@ -50,6 +50,11 @@ class Row:
     edited: bool = False
     out: Sidecars | None = None
 
+    @property
+    def unknown(self) -> bool:
+        """The model did not know the picture's kind."""
+        return isinstance(self.result, Failure) and self.result.unknown
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -71,12 +76,14 @@ class Pile:
         rows: all pictures, by file.
         shown: those that the table has, by id, in its order.
         page: of the table, from 0.
+        first: the last run was of so many; None: of all.
     """
 
     def __init__(self) -> None:
         self.rows: dict[Path, Row] = {}
         self.shown: dict[int, Row] = {}
         self.page = 0
+        self.first: int | None = None
         self._source: Path | None = None  # the folder that they are of; None: dropped
         self._worst_first = False
         self._thumbnails: dict[int, str] = {}
@@ -185,7 +192,7 @@ class Pile:
         left, skipped = [], 0
         for row in rows:
             done = row.result is not None and (row.edited or row.settings == settings)
-            if isinstance(row.result, Failure) and row.result.unknown and anyway:
+            if row.unknown and anyway:
                 done = False
             if not done and row.image in missing:
                 left.append(row)
@@ -318,13 +325,12 @@ def _text(name: str) -> str:
 
 def _edits(text: str) -> list[tuple[int, int, int, str]]:
     try:
-        edits = [
+        return [
             (int(row), int(made), int(which), str(said))
             for row, made, which, said in json.loads(text or "[]")
         ]
-    except (TypeError, json.JSONDecodeError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError("The edits did not arrive whole: change the caption again.") from error
-    return edits
 
 
 def _thumbnail(image: str, path: Path) -> str:
