@@ -65,16 +65,14 @@ class FolderTab(Tab):
             elem_id="folder-files",
         )
         # on a server of others there is no such thing as "this machine"
-        with gr.Row(visible=models.local):
+        with gr.Column(visible=models.local, min_width=280):
             folder = gr.Textbox(
                 label="Or a folder of this machine",
                 placeholder="/home/me/pictures",
                 info="texts are written beside the pictures",
                 max_lines=1,
-                min_width=320,
-                scale=2,
             )
-            recursive = gr.Checkbox(False, label=RECURSIVE, min_width=160)
+            recursive = gr.Checkbox(False, label=RECURSIVE)
         self.options = Options(models)
         self.parameters = Parameters(Generation.caption(), several=True)
         with gr.Row(elem_classes="actions"):

@@ -41,7 +41,7 @@ function caption(row, text, which) {
 }
 
 function line(row) {
-  const image = make("img", { src: row.thumbnail, alt: "", loading: "lazy", hidden: !row.thumbnail });
+  const image = make("img", { src: row.thumbnail, alt: "", hidden: !row.thumbnail });
   const said = row.captions
     ? row.captions.map((text, which) => caption(row, text, which))
     : [make("p", { className: "reason", textContent: row.reason })];
