@@ -169,7 +169,10 @@ def test_a_folder_of_this_machine(visit, app, tmp_path):
     assert (album / "a.txt").read_text("utf-8") == "there before\n"
     field(page, "deep/c.png").fill("mended")
     field(page, "deep/c.png").press("Tab")
-    page.wait_for_timeout(500)
+    for _ in range(100):
+        if c.read_text("utf-8") == "mended\n":
+            break
+        page.wait_for_timeout(100)
     assert c.read_text("utf-8") == "mended\n"
     expect(rows).to_have_count(3)
 
