@@ -95,15 +95,22 @@ class Sidecars:
         return [image for image in pictures if not self.path(image).exists()]
 
     def write(self, entry: Entry) -> None:
-        """Write the text file; written again, an entry replaces itself."""
+        """Write the text file; written again, an entry replaces itself.
+
+        Raises:
+            FolderError: the file cannot be written.
+        """
         path = self.path(entry.image)
         text = sidecar_text(entry)
-        if self.if_exists == "append":
-            if path not in self._before:
-                there = path.read_text("utf-8-sig", errors="surrogateescape") if path.exists() else ""
-                self._before[path] = there + "\n" * (bool(there) and not there.endswith("\n"))
-            text = self._before[path] + text
-        replace_text(path, text)
+        try:
+            if self.if_exists == "append":
+                if path not in self._before:
+                    there = path.read_text("utf-8-sig", errors="surrogateescape") if path.exists() else ""
+                    self._before[path] = there + "\n" * (bool(there) and not there.endswith("\n"))
+                text = self._before[path] + text
+            replace_text(path, text)
+        except OSError as error:
+            raise FolderError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def zip_sidecars(entries: Sequence[Entry], ending: str, path: Path) -> None:

@@ -446,6 +446,17 @@ def test_folders_that_cannot_be_used(tabs, folder, dropped):
         run(tab, Pile(), folder=str(folder), recursive=True)
 
 
+def test_a_text_that_cannot_be_written_is_a_sentence(tabs, folder):
+    tab, pile = tabs[True], Pile()
+    (folder / "b.txt").mkdir()
+    guarded = tab.guarded(partial(tab.run, None, False))
+    arguments = [[], str(folder), False, *values(tab, if_exists="overwrite", batch=1)]
+    updates = list(guarded(Session(), pile, *arguments))
+    assert "cannot write" in said(updates, tab) and "b.txt" in said(updates, tab)
+    assert list(captions(pile)) == ["a.png"] and (folder / "a.txt").is_file()
+    assert not list(folder.rglob("*.part")) and updates[-1][tab.go]["interactive"]
+
+
 # --- what the page hands over ---
 
 
