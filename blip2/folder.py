@@ -9,18 +9,20 @@ the pictures under way, and the same call goes on from there.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from blip2.checkpoint import Loaded
 from blip2.devices import is_out_of_memory
-from blip2.generation import Generation, describe, generate, num_descriptions
+from blip2.generation import Generation, StopSignal, describe, generate, num_descriptions
 from blip2.images import ImageError, open_image
 from blip2.model import Blip2
 from blip2.novelty import UnknownPictureError
@@ -33,10 +35,17 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".
 
 @dataclass(frozen=True)
 class Failure:
-    """A picture that got no caption, and why."""
+    """A picture that got no caption.
+
+    Attributes:
+        image: as in `Entry`.
+        reason: why, in one sentence.
+        unknown: it is of a kind that the model does not know, and would be captioned if forced.
+    """
 
     image: str
     reason: str
+    unknown: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,37 +122,69 @@ def caption_folder(
     wanted: Captioning,
     scorer: Loaded | None = None,
 ) -> Iterator[Entry | Failure]:
+    """Caption pictures of a folder, given as paths within it; otherwise as `caption_pictures`."""
+    paths = {image: Path(folder) / image for image in pictures}
+    return caption_pictures(loaded, paths, out, wanted, scorer)
+
+
+def caption_pictures(
+    loaded: Loaded,
+    pictures: Mapping[str, Path],
+    out: Sidecars | Table | None,
+    wanted: Captioning,
+    scorer: Loaded | None = None,
+    stop: StopSignal | None = None,
+) -> Iterator[Entry | Failure]:
     """Caption pictures, a batch at a time, while the next batch is read.
 
     Args:
         loaded: a stage-2 checkpoint.
-        folder: of the pictures.
-        pictures: paths within it.
+        pictures: files, by the names that entries are to have.
         out: where every entry goes before it is yielded; None for a preview.
         wanted: of each.
         scorer: a checkpoint with an ITM head, for a match score of every caption.
+        stop: once set, decoding ends within a token, and the batch under way is given up.
 
     Yields:
         An entry or a failure for every picture, in order.
     """
-    batches = [
-        pictures[start : start + wanted.batch_size] for start in range(0, len(pictures), wanted.batch_size)
-    ]
+    stop = stop or threading.Event()
+    names = list(pictures)
+    batches = [names[start : start + wanted.batch_size] for start in range(0, len(names), wanted.batch_size)]
 
     def read(batch: Sequence[str]) -> list[_Picture]:
-        return [_read(Path(folder), image, loaded, scorer) for image in batch]
+        return [_read(image, pictures[image], loaded, scorer) for image in batch]
 
     with ThreadPoolExecutor(1) as pool:
         ahead = [pool.submit(read, batch) for batch in batches[:1]]
         for index in range(len(batches)):
             batch = ahead.pop().result()
             ahead = [pool.submit(read, following) for following in batches[index + 1 : index + 2]]
-            done = iter(_caption(loaded, [one for one in batch if not one.reason], wanted, scorer))
+            usable = [one for one in batch if not one.reason]
+            done = iter(_caption(loaded, usable, wanted, scorer, stop))
+            if stop.is_set():
+                return  # the batch's texts may be cut short
             for one in batch:
                 result = Failure(one.image, one.reason) if one.reason else next(done)
                 if isinstance(result, Entry) and out is not None:
                     out.write(result)
                 yield result
+
+
+def open_picture(image: str, path: Path) -> Image.Image:
+    """Open a picture's file; what is wrong with it is said of its name, not of where it lies.
+
+    Raises:
+        ImageError: it is no usable picture, or gone.
+    """
+    try:
+        if not path.is_file():  # a pipe could block for ever
+            raise ImageError(f"{image} is not here any more, or no regular file: add it again.")
+        return open_image(path.read_bytes())
+    except ImageError as error:
+        raise ImageError(str(error).replace("the image data", image, 1)) from error
+    except OSError as error:
+        raise ImageError(f"cannot read {image}: {error.strerror or error}.") from error
 
 
 @dataclass(frozen=True)
@@ -156,9 +197,9 @@ class _Picture:
     reason: str = ""
 
 
-def _read(folder: Path, image: str, loaded: Loaded, scorer: Loaded | None) -> _Picture:
+def _read(image: str, path: Path, loaded: Loaded, scorer: Loaded | None) -> _Picture:
     try:
-        opened = open_image(folder / image)
+        opened = open_picture(image, path)
     except ImageError as error:
         return _Picture(image, reason=str(error))
     scored = None if scorer is None else scorer.processor.images(opened)
@@ -167,7 +208,7 @@ def _read(folder: Path, image: str, loaded: Loaded, scorer: Loaded | None) -> _P
 
 @torch.no_grad()
 def _caption(
-    loaded: Loaded, batch: list[_Picture], wanted: Captioning, scorer: Loaded | None
+    loaded: Loaded, batch: list[_Picture], wanted: Captioning, scorer: Loaded | None, stop: StopSignal
 ) -> list[Entry | Failure]:
     """Caption the pictures of a batch; in two halves where memory does not suffice."""
     if not batch:
@@ -176,20 +217,17 @@ def _caption(
         features = _encode(loaded, [one.pixel_values for one in batch])
         reasons = [_unknown(loaded, features[row]) for row in range(len(batch))]
         rows = [row for row, reason in enumerate(reasons) if wanted.force or not reason]
-        entries = dict(
-            zip(
-                rows,
-                _entries(loaded, [batch[row] for row in rows], features[rows], wanted, scorer),
-                strict=True,
-            )
-        )
+        captioned = _entries(loaded, [batch[row] for row in rows], features[rows], wanted, scorer, stop)
+        entries = dict(zip(rows, captioned, strict=True))
     except (MemoryError, RuntimeError) as error:
         if len(batch) == 1 or not is_out_of_memory(error):
             raise
         half = len(batch) // 2
-        first = _caption(loaded, batch[:half], wanted, scorer)
-        return first + _caption(loaded, batch[half:], wanted, scorer)
-    return [entries.get(row) or Failure(one.image, reasons[row]) for row, one in enumerate(batch)]
+        first = _caption(loaded, batch[:half], wanted, scorer, stop)
+        return first + _caption(loaded, batch[half:], wanted, scorer, stop)
+    return [
+        entries.get(row) or Failure(one.image, reasons[row], unknown=True) for row, one in enumerate(batch)
+    ]
 
 
 def _unknown(loaded: Loaded, image: ImageFeatures) -> str:
@@ -206,23 +244,31 @@ def _encode(loaded: Loaded, pixel_values: Iterable[Tensor | None]) -> ImageFeatu
 
 
 def _entries(
-    loaded: Loaded, batch: list[_Picture], features: ImageFeatures, wanted: Captioning, scorer: Loaded | None
+    loaded: Loaded,
+    batch: list[_Picture],
+    features: ImageFeatures,
+    wanted: Captioning,
+    scorer: Loaded | None,
+    stop: StopSignal,
 ) -> list[Entry]:
     model, processor = loaded.model, loaded.processor
     assert isinstance(model, Blip2)
     if not batch:
         return []
     prompt = processor.prompt(wanted.prompt, "caption")
-    captions = list(map(wanted.worded, generate(model, processor, features, prompt, wanted.generation)))
+    said = generate(model, processor, features, prompt, wanted.generation, stop)
+    captions = list(map(wanted.worded, said))
     answers: list[dict[str, str]] = [{} for _ in batch]
     if wanted.questions:
         style = wanted.style or processor.question_style
         count = 0 if style == "raw" else num_descriptions(model)
-        described = describe(model, processor, features, count)
+        described = describe(model, processor, features, count, stop)
         for question in wanted.questions:
+            if stop.is_set():
+                break
             prompts = [processor.prompt(question, style, description=text) for text in described]
             replies = generate(
-                model, processor, features, prompts, wanted.answers, questions=[question] * len(batch)
+                model, processor, features, prompts, wanted.answers, stop, [question] * len(batch)
             )
             for found, texts in zip(answers, replies, strict=True):
                 found[question] = texts[0]
@@ -231,6 +277,8 @@ def _entries(
         assert isinstance(scorer.model, Blip2Representation)
         seen = _encode(scorer, [one.scored for one in batch])
         for row, texts in enumerate(captions):
+            if _unknown(scorer, seen[row]) and not wanted.force:
+                continue  # a score that means nothing is worse than none
             tokens = scorer.processor.text(texts)
             ids, mask = (tokens[name].to(scorer.device) for name in ("input_ids", "attention_mask"))
             match[row] = tuple(scorer.model.score(seen[row], ids, mask)[0].tolist())

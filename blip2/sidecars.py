@@ -8,10 +8,12 @@ import csv
 import io
 import json
 import os
+import zipfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Literal, Self
 
@@ -31,7 +33,8 @@ class Entry:
     Attributes:
         image: the picture's path within the folder, with forward slashes.
         captions: one or more.
-        match: probability of each that it fits the picture (ITM); empty where none was asked for.
+        match: probability of each that it fits the picture (ITM), NaN where there is none; empty where there
+            is none at all.
         answers: by question.
     """
 
@@ -39,6 +42,16 @@ class Entry:
     captions: tuple[str, ...]
     match: tuple[float, ...] = ()
     answers: dict[str, str] = field(default_factory=dict)
+
+
+def sidecar_text(entry: Entry) -> str:
+    """A caption a line, with the answers after it."""
+    return "".join(f"{', '.join([caption, *entry.answers.values()])}\n" for caption in entry.captions)
+
+
+def worst_match(match: Iterable[float]) -> float:
+    """What pictures are ordered by: their worst caption's score; those without any come last."""
+    return min((score for score in match if score == score), default=2.0)
 
 
 class Sidecars:
@@ -52,6 +65,7 @@ class Sidecars:
 
     def __init__(self, folder: str | Path, ending: str = ".txt", if_exists: IfExists = "skip"):
         self.folder, self.ending, self.if_exists = Path(folder), ending, if_exists
+        self._before: dict[Path, str] = {}  # what an appended file held
 
     def __enter__(self) -> Self:
         return self
@@ -81,13 +95,32 @@ class Sidecars:
         return [image for image in pictures if not self.path(image).exists()]
 
     def write(self, entry: Entry) -> None:
-        """Write the text file."""
+        """Write the text file; written again, an entry replaces itself.
+
+        Raises:
+            FolderError: the file cannot be written.
+        """
         path = self.path(entry.image)
-        text = "".join(f"{', '.join([caption, *entry.answers.values()])}\n" for caption in entry.captions)
-        if self.if_exists == "append" and path.exists():
-            before = path.read_text("utf-8-sig", errors="surrogateescape")
-            text = before + "\n" * (not before.endswith("\n") and bool(before)) + text
-        replace_text(path, text)
+        text = sidecar_text(entry)
+        try:
+            if self.if_exists == "append":
+                if path not in self._before:
+                    there = path.read_text("utf-8-sig", errors="surrogateescape") if path.exists() else ""
+                    self._before[path] = there + "\n" * (bool(there) and not there.endswith("\n"))
+                text = self._before[path] + text
+            replace_text(path, text)
+        except OSError as error:
+            raise FolderError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def zip_sidecars(entries: Sequence[Entry], ending: str, path: Path) -> None:
+    """Write text files into a new .zip, named after their pictures; after their whole names where need be."""
+    names = [PurePosixPath(entry.image).with_suffix(ending).as_posix() for entry in entries]
+    counts = Counter(name.lower() for name in names)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, entry in zip(names, entries, strict=True):
+            own = entry.image + ending if counts[name.lower()] > 1 else name
+            file.writestr(own, sidecar_text(entry))
 
 
 class Table:
@@ -143,7 +176,7 @@ class Table:
     def _tidy(self) -> None:
         entries = list(self.entries.values())
         if any(entry.match for entry in entries):
-            entries.sort(key=lambda entry: min((m for m in entry.match if m == m), default=2.0))
+            entries.sort(key=lambda entry: worst_match(entry.match))
         else:
             entries.sort(key=lambda entry: (entry.image.lower(), entry.image))
         head = [] if self.path.suffix == ".jsonl" else [["image", "caption", "match", *self.questions]]
@@ -151,7 +184,7 @@ class Table:
 
     def _lines(self, entries: Iterable[Entry]) -> str:
         if self.path.suffix == ".jsonl":
-            return "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in entries)
+            return "".join(_json(entry) for entry in entries)
         rows = []
         for entry in entries:
             answers = [entry.answers.get(question, "") for question in self.questions]
@@ -193,9 +226,15 @@ def _read_table(path: Path) -> dict[str, Entry]:
         ) from error
 
 
+def _json(entry: Entry) -> str:
+    match = [score if score == score else None for score in entry.match]  # JSON has no NaN
+    return json.dumps(asdict(entry) | {"match": match}, ensure_ascii=False) + "\n"
+
+
 def _from_json(line: str) -> Entry:
     value = json.loads(line)
-    return Entry(value["image"], tuple(value["captions"]), tuple(value["match"]), dict(value["answers"]))
+    match = tuple(float("nan") if score is None else score for score in value["match"])
+    return Entry(value["image"], tuple(value["captions"]), match, dict(value["answers"]))
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -57,7 +57,7 @@ class App:
     lines: list[str]
 
     def journal(self) -> dict[str, int]:
-        """How often the server has done what: "tokens" decoded, pictures "encoded", models "loaded"."""
+        """How often the server has done what: "tokens" decoded, "pictures" "encoded", models "loaded"."""
         path = self.folder / "journal.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
@@ -158,9 +158,9 @@ def _child() -> None:
     counts: dict[str, int] = {}
     lock = threading.Lock()
 
-    def count(what: str) -> None:
+    def count(what: str, number: int = 1) -> None:
         with lock:
-            counts[what] = counts.get(what, 0) + 1
+            counts[what] = counts.get(what, 0) + number
             partial = options.folder / "journal.part"
             partial.write_text(json.dumps(counts))
             partial.replace(options.folder / "journal.json")
@@ -196,9 +196,14 @@ def _child() -> None:
 
         return call
 
+    def counted_encode(self, pixel_values):
+        count("encoded")
+        count("pictures", len(pixel_values))
+        return encode(self, pixel_values)
+
     blip2.chat.decode = blip2.generation.decode = slow_decode
     blip2.generation.Stop.__call__ = slow_beam
-    Blip2.encode_image = counted("encoded", encode)
+    Blip2.encode_image = counted_encode
     checkpoint.load = counted("loaded", slow_load)
     if options.hub:
         from hub import point_to

@@ -549,17 +549,17 @@ def test_unknown_pictures_are_not_answered_unless_the_visitor_insists(tabs, tmp_
         refused = answer(tab.guarded(run), first)
         assert "scenes-opt knows drawn scenes only, and this picture does not" in last(refused, tab.note)
         assert "--model blip2-opt-2.7b" in last(refused, tab.note)  # this app serves no released model
-        assert last(refused, tab.anyway) == shown and last(refused, tab.go)["interactive"]
+        assert last(refused, tab.choice) == shown and last(refused, tab.go)["interactive"]
         if kind is ChatTab:
             assert last(refused, place) == [] and last(refused, tab.box) == "is it red?"
         else:
             assert not any(update.get(place) for update in refused)
         given = answer(tab.guarded(tab.insisting(run)), first)
-        assert last(given, place) and last(given, tab.anyway) == hidden
+        assert last(given, place) and last(given, tab.choice) == hidden
         assert "knows" not in last(given, tab.note)
         assert last(answer(tab.guarded(run), first), place)  # remembered
         assert "knows drawn scenes only" in last(answer(tab.guarded(run), second), tab.note)  # for it alone
-        assert tab.cleared()[tab.anyway] == hidden
+        assert tab.cleared()[tab.choice] == hidden
 
 
 def test_long_prompts_are_refused(tabs, tmp_path):

@@ -189,7 +189,7 @@ class Api:
         if not texts or not fine:
             raise ValueError("texts must be a list of one or more texts that are not empty.")
         name, subject = self._open(image, model or MATCHING, force)
-        scores = self.work.last(tasks.match, [name], subject, texts, stop=Stop(), kind="match")
+        scores = self.work.last(tasks.match, [name], subject, texts, stop=Stop(), kinds=["match"])
         rows = [
             {"text": text, "match": match, "cosine": cosine}
             for text, (match, cosine) in zip(texts, scores, strict=True)

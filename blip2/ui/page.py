@@ -11,6 +11,7 @@ from blip2.ui.api import Api
 from blip2.ui.caption import CaptionTab
 from blip2.ui.compare import CompareTab
 from blip2.ui.files import held
+from blip2.ui.folder import FolderTab
 from blip2.ui.instruct import InstructTab
 from blip2.ui.picker import Picker
 from blip2.ui.picture import PictureBox, refused
@@ -60,6 +61,8 @@ def page(work: Work, votes: Votes) -> gr.Blocks:
                     instruct = InstructTab(work, state, box.picture)
                 with gr.Tab("Compare", id="compare", render_children=True):
                     compare = CompareTab(work, state, box.picture, votes)
+                with gr.Tab("Folder", id="folder", render_children=True):
+                    folder = FolderTab(work, state, box.picture)
         tabs: list[Tab] = [chat, caption, instruct, compare, why]
         cleared = [component for tab in tabs for component in tab.cleared()]
 
@@ -114,7 +117,8 @@ def page(work: Work, votes: Votes) -> gr.Blocks:
         )
         shown = [box.picture, box.note, chat.go, chat.halt, *cleared]
         earlier.select(reopen, [state, earlier], shown, **private)
-        picker.wire(changed, [*chat.suggestions, *cleared])
+        real = [tab.real for tab in (*tabs, folder)]
+        picker.wire(changed, [*chat.suggestions, *cleared], real)
         Api(work).add()
     demo.queue(max_size=QUEUE, default_concurrency_limit=8)
     demo.blip2_models = models

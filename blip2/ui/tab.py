@@ -29,15 +29,19 @@ class Tab:
     go: gr.Button
     halt: gr.Button
     note: gr.HTML
+    choice: gr.Row
     anyway: gr.Button
+    real: gr.Button  # for the picker
 
     def __init__(self, work: Work, state: gr.State, picture: gr.Image):
         self.work, self.models, self.state, self.picture = work, work.models, state, picture
 
     def add_note(self, elem_id: str) -> None:
-        """Place the line for what the app has to say, and the button for answers that it advises against."""
+        """Place the line for what the app has to say, and what to do about an unknown picture."""
         self.note = gr.HTML(elem_id=elem_id)
-        self.anyway = gr.Button("Answer anyway", size="sm", visible=False, min_width=140)
+        with gr.Row(visible=False, elem_classes="actions small") as self.choice:
+            self.anyway = gr.Button("Answer anyway", size="sm", min_width=140)
+            self.real = gr.Button("Get a real model", size="sm", visible=self.models.local, min_width=160)
 
     def wire(
         self,
@@ -55,7 +59,7 @@ class Tab:
             triggers,
             self.guarded(run),
             [self.state, self.picture, *inputs],
-            [self.go, self.halt, self.note, self.anyway, *outputs],
+            [self.go, self.halt, self.note, self.choice, *outputs],
             show_progress="hidden",
             concurrency_id="model",
             concurrency_limit=AT_ONCE,
@@ -81,7 +85,7 @@ class Tab:
             except UnknownPictureError as error:
                 said = {
                     self.note: note(f"{error}. {self.models.instead()}"),
-                    self.anyway: gr.update(visible=True),
+                    self.choice: gr.update(visible=True),
                 }
             except EXPECTED as error:
                 said = {self.note: note(friendly(error), "error")}
@@ -109,7 +113,7 @@ class Tab:
             self.go: gr.update(interactive=False),
             self.halt: gr.update(visible=True),
             self.note: note("" if self.models.is_loaded(model) else f"Loading {model} ..."),
-            self.anyway: gr.update(visible=False),
+            self.choice: gr.update(visible=False),
         }
 
     def idle(self, session: Session) -> Updates:
@@ -130,4 +134,4 @@ class Tab:
 
     def cleared(self) -> Updates:
         """The tab as for a new picture or model."""
-        return {self.note: "", self.anyway: gr.update(visible=False)}
+        return {self.note: "", self.choice: gr.update(visible=False)}

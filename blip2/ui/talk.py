@@ -86,7 +86,7 @@ class ChatTab(Tab):
         self.wire([self.again.click], self.regenerate, self.parameters.inputs, outputs)
         self.wire([self.chatbot.edit], self.edit, self.parameters.inputs, outputs)
         self.wire_stop()
-        said = [self.note, self.anyway, self.keep]
+        said = [self.note, self.choice, self.keep]
         self.keep.click(self.resume, state, [self.go, self.halt, *said, *outputs], **QUIET)
         self.back.click(self.undo, state, [self.go, self.halt, *said, self.box, *outputs], **QUIET)
         gr.on([self.clear.click, self.chatbot.clear], self.forget, state, [*said, *outputs], **QUIET)

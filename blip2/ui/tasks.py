@@ -4,8 +4,10 @@
 can be pickled, and what they change is the subject alone. No gradio in this file.
 """
 
+import queue
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,10 +15,12 @@ from torch import Tensor
 from blip2 import explain
 from blip2.chat import Chat, Conversation, Turn
 from blip2.checkpoint import Loaded
+from blip2.folder import Captioning, Failure, caption_pictures
 from blip2.generation import Generation, generate, num_descriptions
 from blip2.model import Blip2
 from blip2.processing import Style
 from blip2.representation import Blip2Representation
+from blip2.sidecars import Entry, Sidecars
 from blip2.ui.answers import Background, Progress, streamed, together
 from blip2.ui.errors import EXPECTED
 from blip2.ui.stop import Stop
@@ -100,6 +104,35 @@ def caption(
     doing = f"Searching with {generation.num_beams} beams" if generation.method == "beam" else "Writing"
     [captions] = yield from _in_background(write, doing, stop)
     yield captions
+
+
+def caption_all(
+    models: list[Loaded],
+    subject: Subject,
+    pictures: dict[str, Path],
+    out: Sidecars | None,
+    wanted: Captioning,
+    stop: Stop,
+) -> Iterator[Progress | Entry | Failure]:
+    """Caption many pictures, with the second model to score the captions; the subject is of no matter.
+
+    Arguments are those of `blip2.folder.caption_pictures`. Yields the outcomes, and how long it has been.
+    """
+    loaded, scorer = models[0], models[1] if len(models) > 1 else None
+    found: queue.SimpleQueue[Entry | Failure] = queue.SimpleQueue()
+
+    def work() -> None:
+        for outcome in caption_pictures(loaded, pictures, out, wanted, scorer, stop):
+            found.put(outcome)
+
+    background = Background(work, stop)
+    for seconds in background.ticks():
+        while not found.empty():
+            yield found.get()
+        yield Progress(doing=f"{seconds:.0f} s")
+    while not found.empty():
+        yield found.get()
+    background.result()
 
 
 def match(

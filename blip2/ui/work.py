@@ -34,7 +34,7 @@ class Call:
         subject: what it is about.
         arguments: what else it takes, in its order.
         stop: ends it.
-        kind: of the models, see `Models.get`.
+        kinds: of the models, see `Models.get`; all are to generate by default.
     """
 
     task: Callable[..., Iterator[Any]]
@@ -42,7 +42,7 @@ class Call:
     subject: Subject
     arguments: tuple[Any, ...]
     stop: Stop
-    kind: str = "generate"
+    kinds: tuple[str, ...] = ()
 
 
 class Work:
@@ -64,7 +64,7 @@ class Work:
         subject: Subject,
         *arguments: Any,
         stop: Stop,
-        kind: str = "generate",
+        kinds: Sequence[str] = (),
     ) -> Iterator[Any]:
         """Run a task, and yield what it yields; nothing more if it is stopped before it begins.
 
@@ -75,7 +75,7 @@ class Work:
             ValueError: the models or the task refuse; the message is for the visitor.
             RuntimeError, OSError, MemoryError: a model failed.
         """
-        call = Call(task, tuple(names), subject, arguments, stop, kind)
+        call = Call(task, tuple(names), subject, arguments, stop, tuple(kinds))
         if self._remote is None:
             try:
                 with self.line.ticket() as ticket:
@@ -119,7 +119,8 @@ class Work:
     def _here(self, call: Call) -> Iterator[Any]:
         if call.stop.is_set():
             return
-        models = [self.models.get(name, call.kind) for name in call.names]
+        kinds = call.kinds or ["generate"] * len(call.names)
+        models = [self.models.get(name, kind) for name, kind in zip(call.names, kinds, strict=True)]
         if not call.stop.is_set():  # while they were loading
             yield from call.task(models, call.subject, *call.arguments, call.stop)
 
@@ -136,6 +137,8 @@ def seconds(call: Call) -> int:
     """How long a call may take on ZeroGPU: one that asks for less waits less."""
     if call.task is tasks.occlude:
         return 60
+    if call.task is tasks.caption_all:
+        return LONGEST
     tokens = 30
     for generation in call.arguments:
         if isinstance(generation, Generation):
