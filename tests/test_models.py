@@ -704,4 +704,3 @@ def test_strangers_get_no_buttons(assets):
         public = Picker(Models("scenes-opt"), gr.State(Session()))
         public.about()
     assert public.real.visible is False and public.precision.visible is False
-    assert public.offer() == gr.update(visible=False)
