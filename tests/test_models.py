@@ -22,8 +22,9 @@ from blip2.devices import Memory
 from blip2.download import download
 from blip2.generation import Generation
 from blip2.presets import PRESETS, Preset, best, room
-from blip2.ui import cards, fitting, tasks
+from blip2.ui import build, cards, fitting, tasks
 from blip2.ui.cards import join, split
+from blip2.ui.compare import pair
 from blip2.ui.models import Models
 from blip2.ui.picker import Picker
 from blip2.ui.session import Session
@@ -313,6 +314,18 @@ def test_only_these_models(assets, loads):
         Models("scenes-opt", only=only)
     with pytest.raises(ValueError, match="use 1 or more"):
         Models("scenes-opt", at_most=0)
+
+
+def test_a_space_offers_its_own_models(assets):
+    demo = build(only=["scenes-flan-t5", "scenes-itm"])
+    models = demo.blip2_models
+    assert (models.default, models.names) == ("scenes-flan-t5", ["scenes-flan-t5"])
+    [shown] = [block for block in demo.blocks.values() if getattr(block, "elem_id", None) == "model"]
+    assert shown.choices == [("scenes-flan-t5 (embedded)", "scenes-flan-t5")]
+    assert not shown.allow_custom_value
+    assert pair(models) == ("scenes-flan-t5", "scenes-flan-t5")
+    both = ["blip2-flan-t5-xl@int8", "blip2-opt-2.7b"]
+    assert pair(Models(both[0], only=both)) == ("blip2-opt-2.7b", "blip2-flan-t5-xl@int8")
 
 
 # --- waiting, together ---
@@ -703,4 +716,3 @@ def test_strangers_get_no_buttons(assets):
         public = Picker(Models("scenes-opt"), gr.State(Session()))
         public.about()
     assert public.real.visible is False and public.precision.visible is False
-    assert public.offer() == gr.update(visible=False)

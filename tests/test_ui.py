@@ -105,6 +105,7 @@ def test_local_is_refused_where_strangers_come(monkeypatch, capsys, host, space)
     ("arguments", "code", "words"),
     [
         (["--port", "70000"], 2, "allowed: 1 to 65535"),
+        (["--max-models", "0"], 2, "allowed: 1 or more"),
         (["--model", "scenes-itm"], 1, "scores texts"),
         (["--model", "scenes-otp"], 1, "Did you mean scenes-opt"),
         (["--model", "blip2-opt-2.7b"], 1, "blip2 download blip2-opt-2.7b"),

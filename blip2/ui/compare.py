@@ -180,10 +180,9 @@ class CompareTab(Tab):
 
 def pair(models: Models) -> tuple[str, str]:
     """An OPT beside a Flan-T5: the embedded ones, or the operator's model and the other family's."""
-    if models.only is not None:
-        names = [models.default, *(name for name in models.names if name != models.default)][:2]
-        names.sort(key=lambda name: "t5" in name)
-        return names[0], names[-1]
+    if models.only is not None:  # nothing else is served
+        first, *others = sorted(models.names, key=lambda name: "t5" in name)
+        return first, others[-1] if others else first
     embedded = tuple(name for name in EMBEDDED if PRESETS[name].kind == "generate")
     if models.default in embedded:
         return embedded[0], embedded[1]

@@ -92,7 +92,7 @@ class Models:
     def fitting(self, name: str) -> str:
         """The model in the first precision, full, 8-bit, 4-bit, that this machine has memory for."""
         base, precision = split(name)
-        if precision == FULL and find_preset(base) is not None:
+        if precision == FULL:
             for _, value in self.precisions(base):
                 if self.is_loaded(join(base, value)) or fitting.needed(base, value) <= fitting.space():
                     return join(base, value)

@@ -60,7 +60,7 @@ class Picker:
                 allow_custom_value=models.local,
                 elem_id="model",
             )
-            choices = models.precisions(models.default)
+            choices = self._precisions(models.default)
             self.precision = gr.Radio(
                 choices or [("Full", FULL)],
                 value=split(models.default)[1] if choices else FULL,
@@ -86,20 +86,7 @@ class Picker:
                 f"The best for photographs on this machine: {label(name)}. {preset.license}",
                 elem_classes="fine-print",
             )
-        self.real = self.button()
-
-    def button(self, **options: Any) -> gr.Button:
-        """Place a button "Get a real model"; hand it to `wire`. It is never seen where nobody may download.
-
-        Args:
-            options: of the button, such as visible=False.
-        """
-        visible = options.pop("visible", True) and self.models.local
-        return gr.Button(GET, size="sm", visible=visible, min_width=160, **options)
-
-    def offer(self) -> Any:
-        """What a page shows of a button of `button()` beside an answer that a model declined."""
-        return gr.update(visible=self.models.local)
+        self.real = gr.Button(GET, size="sm", visible=self.models.local, min_width=160)
 
     def wire(
         self,
@@ -112,7 +99,8 @@ class Picker:
         Args:
             changed: given a session that has just changed models, what else to change on the page.
             outputs: the components that `changed` changes.
-            buttons: made by `button`, in other places of the page.
+            buttons: others that get a real model, in other places of the page; seen where visitors may load
+                models (`models.local`) alone.
         """
         self._changed = changed
         own = [self.list, self.precision, self.note, self.cancel, self.fetch, self.notice, self.card]
@@ -240,14 +228,16 @@ class Picker:
 
     def _shown(self, name: str) -> Updates:
         """The list and the precision as they stand for a model."""
-        choices = self.models.precisions(name)
         precision = gr.update(visible=False)
-        if choices:
-            own = split(name)[1]
-            if own not in {value for _, value in choices}:  # typed by the visitor
-                choices = [*choices, (own, own)]
-            precision = gr.update(choices=choices, value=own, visible=True)
+        if choices := self._precisions(name):
+            precision = gr.update(choices=choices, value=split(name)[1], visible=True)
         return {self.list: self._listed(name), self.precision: precision}
+
+    def _precisions(self, name: str) -> list[tuple[str, str]]:
+        """What to choose from, and what was typed."""
+        choices, own = self.models.precisions(name), split(name)[1]
+        typed = choices and own not in {value for _, value in choices}
+        return [*choices, (own, own)] if typed else choices
 
     def _offer_download(self, session: Session, name: str) -> Updates:
         """The card of what was asked for, and a button that downloads it."""
