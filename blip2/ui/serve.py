@@ -20,6 +20,8 @@ from urllib.request import ProxyHandler, build_opener
 if TYPE_CHECKING:
     import gradio as gr
 
+    from blip2.ui.models import Models
+
 PORTS = range(7860, 7960)  # tried in this order where no port is asked for
 MAX_UPLOAD = "50mb"
 
@@ -204,8 +206,6 @@ def _serve(options: argparse.Namespace) -> None:
         raise UsageError(f'--mcp takes a package more: {sys.executable} -m pip install "gradio[mcp]"')
     if sys.stdout.isatty():
         print("Starting ...", end="\r", flush=True)
-    from blip2.devices import device_advice
-
     if options.votes is not None:
         options.votes.open("a").close()  # what is wrong with it is said now
     demo = build(local=options.local, model=options.model, votes=options.votes)
@@ -218,12 +218,20 @@ def _serve(options: argparse.Namespace) -> None:
         if not is_loopback(options.host):
             print("Others can reach it: they can upload pictures and use the models offered, no more.")
         print("Ctrl-C ends it.", flush=True)
-        if advice := device_advice():
-            print(advice, file=sys.stderr)
-        try:
-            models.get(models.default)  # while the visitor looks around; imports torch as well
-        except ValueError as error:
-            print(error, file=sys.stderr)
+        # while the visitor looks around
+        threading.Thread(target=_get_going, args=(models,), daemon=True).start()
         threading.Event().wait()
     finally:
         demo.close(verbose=False)
+
+
+def _get_going(models: "Models") -> None:
+    """Import torch and load the first model; not in the main thread, where imports may swallow a Ctrl-C."""
+    from blip2.devices import device_advice
+
+    if advice := device_advice():
+        print(advice, file=sys.stderr)
+    try:
+        models.get(models.default)
+    except ValueError as error:
+        print(error, file=sys.stderr)
