@@ -7,18 +7,20 @@ except for those that `blip2.layout` lists by name. Folders are transformers' ow
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, list_repo_files, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers.utils import logging as transformers_logging
 
 from blip2.devices import choose_device
+from blip2.download import Watch, command, download
 from blip2.layout import (
     LEFTOVERS,
     STAGE1_EXTRAS,
@@ -31,7 +33,7 @@ from blip2.layout import (
 from blip2.model import Blip2
 from blip2.novelty import Novelty, UnknownPictureError
 from blip2.novelty import read as read_novelty
-from blip2.presets import DEFAULT, PRECISIONS, Preset, resolve, suggestions
+from blip2.presets import DEFAULT, PRECISIONS, resolve, suggestions
 from blip2.processing import Processor
 from blip2.representation import Blip2Representation
 from blip2.saving import save
@@ -85,6 +87,7 @@ def load(
     revision: str | None = None,
     adapter: str | Path | None = None,
     local_files_only: bool = False,
+    watch: Watch | None = None,
 ) -> Loaded:
     """Load a model and its processor.
 
@@ -99,6 +102,7 @@ def load(
         revision: a branch, tag or commit of a Hub repository.
         adapter: a folder with a LoRA adapter (peft), put on top.
         local_files_only: never download.
+        watch: told how many tensors are in place, of how many; to cancel, it raises.
 
     Raises:
         CheckpointError: it cannot be found, is incomplete, or contradicts itself.
@@ -114,7 +118,8 @@ def load(
     if layout.config.image_token_index is None and not layout.stage1:
         # Early revisions lack it; newer ones appended <image> at the first free id.
         layout.config.image_token_index = _image_token(processor)
-    model = _load_model(layout, precision, where)
+    with _watched(watch):
+        model = _load_model(layout, precision, where)
     if adapter is not None:
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise CheckpointError(
@@ -162,7 +167,7 @@ def locate(
             )
         return preset.name, preset.folder
     assert preset.repo_id is not None
-    return preset.name, _cached_or_downloaded(preset.repo_id, revision, local_files_only, preset)
+    return preset.name, _cached_or_downloaded(preset.repo_id, revision, local_files_only)
 
 
 def is_available(name_or_path: str | Path, revision: str | None = None) -> bool:
@@ -174,39 +179,23 @@ def is_available(name_or_path: str | Path, revision: str | None = None) -> bool:
     return True
 
 
-def _cached_or_downloaded(
-    repo_id: str, revision: str | None, local_files_only: bool, preset: Preset | None = None
-) -> Path:
+def _cached_or_downloaded(repo_id: str, revision: str | None, local_files_only: bool) -> Path:
     """The local copy of a Hub repository."""
+    found: str | None
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
-        if is_complete(folder):  # and no download that was broken off
-            return folder
-    except LocalEntryNotFoundError:
-        pass
+        found = snapshot_download(repo_id, revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError as error:
+        found = getattr(error, "snapshot_path", None)  # files are missing, maybe on purpose
     except HFValidationError as error:
         raise CheckpointError(f"{repo_id!r} is not a Hub id: {error}") from error
-    command = f"hf download {repo_id}" + (f" --revision {revision}" if revision else "")
-    command += ' --exclude "*.bin"' if preset else ""  # the releases hold every weight twice
-    size = f" ({preset.download_bytes / 1e9:.1f} GB)" if preset else ""
+    if found is not None and is_complete(Path(found)):  # and no download that was broken off
+        return Path(found)
     if local_files_only or constants.HF_HUB_OFFLINE:
         raise CheckpointError(
-            f"{repo_id} is not in the cache, and downloading is off. Get it with: {command}{size}"
+            f"{repo_id} is not in the cache, and downloading is off. "
+            f"Get it with: {command(repo_id, revision)}"
         )
-    try:
-        names = list_repo_files(repo_id, revision=revision)
-        safe = any(name.endswith(".safetensors") for name in names)
-        patterns = ["*.json", "*.txt", "*.model", "*.safetensors" if safe else "*.bin"]
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
-    except Exception as error:
-        # the hub's client passes its HTTP library's own errors on: httpx's or httpx2's, by version
-        if not isinstance(error, HfHubHTTPError | OSError) and not type(error).__module__.startswith("httpx"):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{repo_id} could not be downloaded: {reason}. {'' if preset else suggestions(repo_id) + ' '}"
-            f"Later, with a connection: {command}"
-        ) from error
+    return download(repo_id, revision)
 
 
 def _choose_precision(precision: str, layout: Layout, device: torch.device) -> str:
@@ -341,6 +330,36 @@ def _notes(layout: Layout, precision: str) -> list[str]:
     if precision == "float16" and layout.config.text_config.model_type == "t5" and not layout.stage1:
         notes.append("Flan-T5 was trained in bfloat16 and can overflow in float16")
     return notes
+
+
+_watch: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+@contextmanager
+def _watched(watch: Watch | None) -> Iterator[None]:
+    """Tell `watch` of each tensor that transformers puts in place, in this thread alone."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+def _progress_bar(make: Callable[..., Any], arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+    """What transformers gets as a progress bar: its own, around items that are counted."""
+    watch = _watch.get()
+    if watch is None or not arguments or not hasattr(arguments[0], "__len__"):
+        return make(*arguments, **settings)
+
+    def counted(items: Any) -> Iterator[Any]:
+        for number, item in enumerate(items):
+            watch(number, len(items))
+            yield item
+
+    return make(counted(arguments[0]), *arguments[1:], **{"total": len(arguments[0]), **settings})
+
+
+transformers_logging.set_tqdm_hook(_progress_bar)
 
 
 @contextmanager

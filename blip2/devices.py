@@ -1,12 +1,17 @@
 """Which device to compute on, and one sentence when torch and the machine do not fit each other."""
 
+import gc
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +62,83 @@ def _present() -> list[str]:
 
     kinds = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     return [kind for kind, there in kinds.items() if there]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a memory: all there are, and those that a program can have now."""
+
+    total: int
+    free: int
+
+
+CONTROL_GROUPS = (  # (limit, in use, statistics): version 2, then 1; containers are limited by them
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
+
+
+def main_memory(groups: Path = Path("/sys/fs/cgroup")) -> Memory:
+    """The machine's memory, or the part that this container may use."""
+    machine = psutil.virtual_memory()
+    total, free = machine.total, machine.available
+    for limit, used, statistics in CONTROL_GROUPS:
+        try:
+            most, now = int((groups / limit).read_text()), int((groups / used).read_text())
+            kept = re.search(
+                r"^(?:total_)?inactive_file (\d+)", (groups / statistics).read_text(), re.MULTILINE
+            )
+        except (OSError, ValueError):  # no such version, or "max": no limit
+            continue
+        now -= int(kept[1]) if kept else 0  # the page cache gives way
+        total, free = min(total, most), min(free, max(0, most - now))
+    return Memory(total, free)
+
+
+def accelerator_memory(device: "str | torch.device" = "auto") -> Memory | None:
+    """The memory of the device that models go to; None if that is the CPU, or an unknown kind."""
+    import torch
+
+    device = choose_device(device)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return Memory(total, free + unused)
+    if device.type == "mps":  # a share of the machine's own
+        total = torch.mps.recommended_max_memory()
+        return Memory(total, min(max(0, total - torch.mps.driver_allocated_memory()), main_memory().free))
+    return None
+
+
+def device_name(device: "str | torch.device" = "auto") -> str:
+    """What to call a device: the GPU's own name, "Apple GPU", or "CPU"."""
+    import torch
+
+    device = choose_device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return {"mps": "Apple GPU", "cpu": "CPU"}.get(device.type, device.type)
+
+
+def free_unused() -> None:
+    """Give back what models that are gone took: collect circles, and empty torch's caches."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def why_not_quantized(device: "str | torch.device" = "auto") -> str | None:
+    """Why 8-bit and 4-bit weights do not work here, in a sentence; None if they do."""
+    kind = choose_device(device).type
+    if kind not in ("cuda", "cpu"):
+        return f"8-bit and 4-bit weights need an NVIDIA GPU or a CPU, and this machine computes on {kind}"
+    if find_spec("bitsandbytes") is None:
+        return "8-bit and 4-bit weights need bitsandbytes: pip install bitsandbytes"
+    return None
 
 
 @cache

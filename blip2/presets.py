@@ -6,6 +6,7 @@ Numbers are of the weights alone: activations, the key-value cache and the proce
 import difflib
 import json
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -124,6 +125,58 @@ def memory(parameters: int, quantizable: int, kept: int, precision: str) -> int:
         precision
     ]  # nf4: 4 bits and a doubly quantized scale a block
     return int(2 * (parameters - quantizable) + shrunk * quantizable)
+
+
+def room(weights: int) -> int:
+    """Bytes to have free for a model of that many bytes of weights: activations, caches, the libraries."""
+    return int(1.1 * weights) + 700_000_000 * (weights > 400_000_000)
+
+
+# Zero-shot VQAv2 test-dev (Tab. 2): Flan-T5-XXL 65.0, XL 63.0, OPT-6.7B 52.6, OPT-2.7B 52.3; the Flan-T5
+# ones may be used commercially, too. OPT-2.7B asks for the least memory and disk.
+BEST = ("blip2-flan-t5-xxl", "blip2-flan-t5-xl", "blip2-opt-2.7b")
+FAST_ONLY = BEST[:1]  # too slow to talk with on a CPU; in full precision alone
+
+
+def best(
+    memory: int,
+    accelerator: int | None,
+    disk: int,
+    *,
+    full: str | dict[str, str] = "bfloat16",
+    quantized: bool = True,
+    cached: Collection[str] = (),
+) -> tuple[str, str] | None:
+    """The released checkpoint that answers best on a machine.
+
+    What is in the cache goes before what has to be downloaded; full precision of a model before its 8-bit
+    and 4-bit weights, and those before a lesser model.
+
+    Args:
+        memory: free bytes of main memory.
+        accelerator: free bytes of the accelerator's; None without one.
+        disk: free bytes where the cache lies.
+        full: the precision that "full" means here; or by language model, "opt" and "t5".
+        quantized: whether 8-bit and 4-bit weights work here.
+        cached: names that need no download.
+
+    Returns:
+        Name and precision, one of `PRECISIONS`; None if nothing fits.
+    """
+    space = memory if accelerator is None else accelerator
+    for here in (True, False):
+        for name in BEST:
+            preset = PRESETS[name]
+            if (name in cached) != here or not (here or preset.download_bytes <= disk):
+                continue
+            exact = full if isinstance(full, str) else full[preset.language_model]
+            precisions: Sequence[str] = [exact, *(("int8", "nf4") if quantized else ())]
+            if name in FAST_ONLY:
+                precisions = precisions[: accelerator is not None]
+            for precision in precisions:
+                if room(preset.memory(precision)) <= space:
+                    return name, precision
+    return None
 
 
 def _released() -> list[Preset]:

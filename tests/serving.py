@@ -63,20 +63,37 @@ class App:
 
 
 @contextlib.contextmanager
-def serving(*arguments: str, tiny: bool = True, pace: float = 0.0, **environment: str) -> Iterator[App]:
+def serving(
+    *arguments: str,
+    tiny: bool = True,
+    pace: float = 0.0,
+    load_pace: float = 0.0,
+    hub: str = "",
+    best: str = "",
+    **environment: str,
+) -> Iterator[App]:
     """Start the app, wait for its address, and end it as Ctrl-C does.
 
     Args:
         arguments: for the app.
         tiny: on tiny random checkpoints in place of the embedded ones.
         pace: seconds that a token takes at least, in answers of more than LONG.
+        load_pace: seconds that a tensor takes to load, in models that are not embedded.
+        hub: address of a stand-in for the Hub (see `hub.py`); by default the app is offline.
+        best: the model that is best for this machine; by default found out.
         environment: changes to the child's.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         child = [sys.executable, "-u", __file__, f"--folder={folder}", f"--pace={pace}"]
+        child += [f"--load-pace={load_pace}", f"--hub={hub}", f"--best={best}"]
         child += ["--tiny"] * tiny + ["--", *arguments]
-        settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GRADIO_TEMP_DIR": str(folder / "uploads")}
+        settings = {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_CACHE": str(folder / "cache"),
+            "OMP_NUM_THREADS": "1",
+            "GRADIO_TEMP_DIR": str(folder / "uploads"),
+        }
         process = subprocess.Popen(
             child, cwd=ROOT, env={**os.environ, **settings, **environment}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -123,10 +140,15 @@ def _child() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--pace", type=float)
+    parser.add_argument("--load-pace", type=float)
+    parser.add_argument("--hub")
+    parser.add_argument("--best")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("rest", nargs="*")
     options = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import pytest
+
     import blip2.chat
     import blip2.generation
     from blip2 import checkpoint
@@ -158,6 +180,15 @@ def _child() -> None:
         time.sleep(options.pace if input_ids.shape[1] > LONG else 0)
         return beam(self, input_ids, scores, **settings)
 
+    def slow_load(name, *arguments, watch=None, **settings):
+        def slowly(done, total):
+            count("tensors")
+            time.sleep(0 if name in TINY else options.load_pace)
+            if watch:
+                watch(done, total)
+
+        return load(name, *arguments, watch=slowly, **settings)
+
     def counted(what, function):
         def call(*arguments, **settings):
             count(what)
@@ -168,7 +199,15 @@ def _child() -> None:
     blip2.chat.decode = blip2.generation.decode = slow_decode
     blip2.generation.Stop.__call__ = slow_beam
     Blip2.encode_image = counted("encoded", encode)
-    checkpoint.load = counted("loaded", load)
+    checkpoint.load = counted("loaded", slow_load)
+    if options.hub:
+        from hub import point_to
+
+        point_to(options.hub, options.folder / "cache", pytest.MonkeyPatch())
+    if options.best:
+        from blip2.ui import fitting
+
+        fitting.best_here = lambda: options.best
     if options.tiny:
         tiny_checkpoints(options.folder)
         Preset.folder = property(lambda self: None if self.repo_id else options.folder / self.name)

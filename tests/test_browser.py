@@ -87,7 +87,7 @@ def test_released_model_says_what_to_run(visit):
     page = visit()
     page.get_by_label("Model", exact=True).click()
     page.get_by_role("option", name="blip2-opt-2.7b (15.0 GB download)").click()
-    expect(page.locator("#model-note")).to_contain_text("hf download Salesforce/blip2-opt-2.7b")
+    expect(page.locator("#model-note")).to_contain_text("blip2 download blip2-opt-2.7b")
     expect(page.get_by_label("Model", exact=True)).to_have_value("scenes-opt (embedded)")
     button(page, "About the model ▼").or_(page.get_by_role("button", name="About the model")).click()
     expect(page.locator("#card")).to_contain_text("7.5 GB bfloat16")

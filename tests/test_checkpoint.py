@@ -518,16 +518,31 @@ def cache(root, repo, source, complete=True):
 
 def test_hub_ids(originals, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    missing = ["is not in the cache", 'hf download Salesforce/blip2-opt-2.7b --exclude "*.bin"', "(15.0 GB)"]
+    missing = ["is not in the cache", "blip2 download blip2-opt-2.7b", "(15.0 GB)"]
     refuse("blip2-opt-2.7b", *missing)
     assert not checkpoint.is_available("blip2-opt-2.7b")
-    refuse("someone/blip2-own", "hf download someone/blip2-own --revision v1", revision="v1")
+    refuse("someone/blip2-own", "blip2 download someone/blip2-own --revision v1", revision="v1")
     cache(tmp_path, "someone/blip2-own", originals("opt"))
     assert checkpoint.is_available("someone/blip2-own")
     loaded = load("someone/blip2-own", device="cpu")
     assert (loaded.name, type(loaded.model)) == ("someone/blip2-own", Blip2)
     cache(tmp_path, "Salesforce/blip2-opt-2.7b", originals("opt"), complete=False)
     refuse("blip2-opt-2.7b", *missing)  # a download that was broken off
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_files_left_out_on_purpose_are_not_missed(originals, tmp_path, monkeypatch, complete):
+    """The releases hold every weight twice; the Hub's client keeps the list of all files beside the cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    cache(tmp_path, "Salesforce/blip2-opt-2.7b", originals("opt"), complete)
+    base = tmp_path / "models--Salesforce--blip2-opt-2.7b"
+    files = [path.name for path in (base / "snapshots" / ("0" * 40)).iterdir()]
+    entries = {name: {"size": 1, "blob_id": "0" * 40} for name in [*files, "README.md", "pytorch_model.bin"]}
+    (base / "trees").mkdir()
+    (base / "trees" / f"{'0' * 40}.json").write_text(json.dumps({"format_version": 1, "files": entries}))
+    assert checkpoint.is_available("blip2-opt-2.7b") is complete
+    if complete:
+        assert load("blip2-opt-2.7b", device="cpu", local_files_only=True).name == "blip2-opt-2.7b"
 
 
 def test_weights_are_tensors_once(originals):
@@ -552,7 +567,7 @@ def test_no_network_says_what_to_run_later(module, expected, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(checkpoint, "snapshot_download", nothing_cached)
-    monkeypatch.setattr(checkpoint, "list_repo_files", fail)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
     with pytest.raises(expected, match="connection refused") as caught:
         checkpoint.load("blip2-opt-2.7b")
-    assert (module == "httpx2") == ("hf download Salesforce/blip2-opt-2.7b" in str(caught.value))
+    assert (module == "httpx2") == ("blip2 download blip2-opt-2.7b" in str(caught.value))

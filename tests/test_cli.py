@@ -591,7 +591,7 @@ def test_url_with_a_picture(blip2_, monkeypatch):
         (["match", "a.png", "red " * 200, "--model", "retrieval"], 1, "shorten it"),
         (["caption", "a.png", "--model", "blip2-opt2.7b"], 2, "Did you mean blip2-opt-2.7b"),
         (["info", "blip2-opt2.7b"], 2, "Did you mean blip2-opt-2.7b"),
-        (["caption", "a.png", "--model", "blip2-opt-2.7b"], 1, "hf download Salesforce/blip2-opt-2.7b"),
+        (["caption", "a.png", "--model", "blip2-opt-2.7b"], 1, "blip2 download blip2-opt-2.7b"),
         (["info", "someone/blip2"], 1, "someone/blip2 is not in the cache"),
         (["caption", "a.png", "--model", "./nowhere"], 1, "there is no folder ./nowhere"),
         (["caption", "a.png", "--model", "a.png"], 1, "a.png is a file, a checkpoint is a folder"),

@@ -16,7 +16,7 @@ import blip2
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"devices", "fetch", "config", "errors", "settings"},
+    {"devices", "fetch", "config", "errors", "settings", "resources"},
     {"base", "vision", "qformer", "language"},
     {"representation", "model"},
     {
@@ -26,12 +26,13 @@ LAYERS = [
         "layout",
         "saving",
         "convert",
+        "download",
         "lavis_names",
         "novelty",
         "presets",
     },
     {"generation", "chat", "explain"},
-    {"bulk", "server", "folder", "report", "sidecars"},
+    {"bulk", "server", "folder", "report", "sidecars", "deploy"},
     {"cli", "ui", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -20,9 +20,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 from serving import TINY, tiny_checkpoints
 
-from blip2 import checkpoint
 from blip2.chat import Turn
-from blip2.checkpoint import CheckpointError
 from blip2.generation import Generation, generate
 from blip2.images import ImageError
 from blip2.model import Blip2
@@ -44,6 +42,7 @@ from blip2.ui.serve import UsageError, is_loopback, may_be_local
 from blip2.ui.session import Session
 from blip2.ui.stop import Stop
 from blip2.ui.talk import ChatTab
+from blip2.ui.votes import Votes
 from blip2.ui.why import Why
 from blip2.ui.words import SILENCE, note, plain, receipt
 from blip2.ui.work import Work
@@ -108,7 +107,7 @@ def test_local_is_refused_where_strangers_come(monkeypatch, capsys, host, space)
         (["--port", "70000"], 2, "allowed: 1 to 65535"),
         (["--model", "scenes-itm"], 1, "scores texts"),
         (["--model", "scenes-otp"], 1, "Did you mean scenes-opt"),
-        (["--model", "blip2-opt-2.7b"], 1, "hf download Salesforce/blip2-opt-2.7b"),
+        (["--model", "blip2-opt-2.7b"], 1, "blip2 download blip2-opt-2.7b"),
         (["--model", "./nowhere"], 1, "there is no folder ./nowhere"),
     ],
 )
@@ -123,54 +122,6 @@ def test_loopback_names():
     assert (
         is_loopback("127.0.0.9") and not is_loopback("0.0.0.0") and not is_loopback("localhost.example.org")
     )
-
-
-# --- models ---
-
-
-def test_a_model_is_loaded_once_for_all(monkeypatch):
-    loads = []
-
-    def slow(name, **options):
-        loads.append(name)
-        time.sleep(0.05)
-        return load(name, **options)
-
-    load = checkpoint.load
-    monkeypatch.setattr(checkpoint, "load", slow)
-    models = Models("scenes-opt")
-    got: list = []
-    threads = [threading.Thread(target=lambda: got.append(models.get("scenes-opt"))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert loads == ["scenes-opt"] and len(got) == 4 and len({id(one) for one in got}) == 1
-
-
-def test_released_models_need_local_and_the_cache():
-    with pytest.raises(CheckpointError, match=r"not served here.*--local"):
-        Models("scenes-opt").get("blip2-opt-2.7b")
-    with pytest.raises(CheckpointError, match=r"hf download Salesforce/blip2-opt-2.7b .*15.0 GB"):
-        Models("scenes-opt", local=True).get("blip2-opt-2.7b")
-
-
-def test_folders_need_local(assets):
-    folder = str(assets / "scenes-opt")
-    with pytest.raises(CheckpointError, match="not served here"):
-        Models("scenes-flan-t5").get(folder)
-    assert Models("scenes-flan-t5", local=True).get(folder).processor.family == "opt"
-    assert Models(folder).get(folder).name == "scenes-opt"  # the operator's own choice
-
-
-def test_cards_show_what_a_model_takes():
-    models = Models("scenes-opt")
-    card = models.card("blip2-flan-t5-xl")
-    for words in ("15.8 GB", "7.9 GB bfloat16", "3.9 billion", "Apache-2.0"):
-        assert words in card
-    assert ("blip2-flan-t5-xl (15.8 GB download)", "blip2-flan-t5-xl") in models.choices()
-    assert "drawn scenes only" in models.notice("scenes-opt") and models.notice("blip2-opt-2.7b") == ""
-    assert not {"scenes-itm", "blip2-itm-vit-g"} & set(models.names)
 
 
 # --- one visitor ---
@@ -343,7 +294,8 @@ def tabs(request):
     work = Work(models, zerogpu.gpu if request.param == "zerogpu" else None)
     with gr.Blocks():
         state, box = gr.State(Session()), Picture()
-        made = {tab: tab(work, state, box) for tab in (CaptionTab, InstructTab, CompareTab, Why)}
+        made = {tab: tab(work, state, box) for tab in (CaptionTab, InstructTab, Why)}
+        made[CompareTab] = CompareTab(work, state, box, Votes())
         made[ChatTab] = ChatTab(work, state, box, history.panel())
     return made
 
@@ -496,7 +448,7 @@ def test_both_answer_in_their_own_frames(tabs, tmp_path, monkeypatch):
     assert last(shown, tab.votes[0])["interactive"] is True
 
     file = tmp_path / "votes.jsonl"
-    monkeypatch.setattr(tab, "votes_file", file)
+    monkeypatch.setattr(tab, "kept", Votes(file))
     said = tab.vote(VOTES[1], visitor)
     assert "scenes-flan-t5 1" in said[tab.tally] and "scenes-opt 0" in said[tab.tally]
     tab.vote(VOTES[0], visitor)  # once a pair
@@ -608,13 +560,6 @@ def test_unknown_pictures_are_not_answered_unless_the_visitor_insists(tabs, tmp_
         assert last(answer(tab.guarded(run), first), place)  # remembered
         assert "knows drawn scenes only" in last(answer(tab.guarded(run), second), tab.note)  # for it alone
         assert tab.cleared()[tab.anyway] == hidden
-
-
-def test_unknown_pictures_lead_to_the_picker_where_it_helps():
-    here = Models("scenes-opt", local=True).instead()
-    assert here.startswith("Choose a released model above, such as blip2-opt-2.7b (15.0 GB download)")
-    assert "--model blip2-opt-2.7b" in Models("scenes-opt").instead()
-    assert "such as blip2-flan-t5-xl" in Models("blip2-flan-t5-xl").instead()
 
 
 def test_long_prompts_are_refused(tabs, tmp_path):

@@ -1,4 +1,4 @@
-"""The command line: `blip2 caption | ask | chat | match | compare | explain | convert | info`.
+"""The command line: `blip2 caption | ask | chat | match | compare | explain`, and what is around the models.
 
 Results go to stdout, everything said about them to stderr. Exit codes: 0 done, 1 failed, 2 used wrongly. What
 needs torch is imported when a command runs, so that `--help` and bad usage answer at once.

@@ -111,6 +111,31 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id (the language model's)")
     convert.add_argument("--dtype", choices=PRECISIONS[1:4], default="float32", help="of the new folder")
 
+    download = command("download", "checkpoints", "download a released checkpoint, or go on with it")
+    download.add_argument("model", metavar="MODEL", help="a name, such as blip2-opt-2.7b, or a Hub id")
+    download.add_argument("--revision", help="a branch, tag or commit (main)")
+
+    deploy = command("deploy", "deploy", "put this app on the Hugging Face Hub, as a Space")
+    deploy.add_argument("space", metavar="USER/SPACE", help="a new Space, or one to bring up to date")
+    deploy.add_argument("--hardware", choices=("cpu", "zerogpu"), default="cpu", help="default: cpu")
+    deploy.add_argument(
+        "--model",
+        "-m",
+        nargs="+",
+        action="extend",
+        metavar="MODEL",
+        help="models offered, names or Hub ids; default: the embedded ones on cpu, "
+        "blip2-opt-2.7b and blip2-flan-t5-xl on zerogpu",
+    )
+    deploy.add_argument("--title", default="BLIP-2", metavar="TEXT", help="default: BLIP-2")
+    deploy.add_argument("--private", action="store_true", help="a new Space is for its owner alone")
+    deploy.add_argument(
+        "--votes",
+        metavar="USER/DATASET",
+        help="keep votes on compared answers in this dataset; by default they are not kept",
+    )
+    deploy.add_argument("--dry-run", metavar="FOLDER", help="write the Space to a new folder; upload nothing")
+
     info = command("info", "checkpoints", "list the models, or describe one: parameters, sizes, memory")
     info.add_argument("model", nargs="?", metavar="MODEL", help="a name, a folder, or a Hub id in the cache")
     return parser

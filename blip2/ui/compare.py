@@ -1,11 +1,9 @@
 """The Compare tab: the same question to two models, about the same picture, at the same time."""
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -20,6 +18,7 @@ from blip2.ui.models import Models
 from blip2.ui.parameters import Parameters
 from blip2.ui.session import Session
 from blip2.ui.tab import QUIET, Tab, Updates
+from blip2.ui.votes import Votes
 from blip2.ui.words import SILENCE, counted, note, receipt, settings_text
 from blip2.ui.work import Work
 
@@ -31,12 +30,12 @@ class CompareTab(Tab):
     """Controls and events; see `Tab`.
 
     Args:
-        votes: a file that votes are appended to, with the texts they are about; None keeps none.
+        votes: where votes go, with the texts they are about.
     """
 
-    def __init__(self, work: Work, state: gr.State, picture: gr.Image, votes: Path | None = None):
+    def __init__(self, work: Work, state: gr.State, picture: gr.Image, votes: Votes):
         super().__init__(work, state, picture)
-        self.votes_file = votes
+        self.kept = votes
         self.box = gr.Textbox(
             label="Question for both", placeholder="what color is the circle?", max_lines=8, elem_id="both"
         )
@@ -164,10 +163,10 @@ class CompareTab(Tab):
         compared, session.compared = session.compared, None
         if compared is None:
             return self._votable(False)
-        if self.votes_file is not None:
-            line = json.dumps({"time": round(time.time()), "vote": text, **compared}, ensure_ascii=False)
-            with self.votes_file.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        try:
+            self.kept.append({"time": round(time.time()), "vote": text, **compared})
+        except OSError as error:
+            return {self.tally: note(friendly(error), "error")} | self._votable(False)
         models = [compared[side]["model"] for side in SIDES]
         for model in models:
             session.votes.setdefault(model, 0)
@@ -181,6 +180,10 @@ class CompareTab(Tab):
 
 def pair(models: Models) -> tuple[str, str]:
     """An OPT beside a Flan-T5: the embedded ones, or the operator's model and the other family's."""
+    if models.only is not None:
+        names = [models.default, *(name for name in models.names if name != models.default)][:2]
+        names.sort(key=lambda name: "t5" in name)
+        return names[0], names[-1]
     embedded = tuple(name for name in EMBEDDED if PRESETS[name].kind == "generate")
     if models.default in embedded:
         return embedded[0], embedded[1]

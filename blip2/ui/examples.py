@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples"  # beside the package, in a clone
+from blip2 import resources
+
+FOLDER = resources.folder("examples")
 
 
 def examples(folder: Path = FOLDER) -> list[Path]:
-    """Example pictures in the order shown; none where only the package is installed."""
+    """Example pictures in the order shown."""
     scenes = sorted([*folder.glob("scene*.png"), *folder.glob("scenes/*.png")])
     return scenes + sorted(folder.glob("photos/*.jpg"))

@@ -38,22 +38,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    with until_stopped():
+        try:
+            options.host = options.host or ("0.0.0.0" if _on_spaces() else "127.0.0.1")
+            options.local = may_be_local(options.host, options.local)
+            _serve(options)
+        except UsageError as error:
+            parser.error(str(error))
+        except (ValueError, OSError) as error:
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+            sys.exit(1)
+
+
+@contextmanager
+def until_stopped() -> Iterator[None]:
+    """Let Ctrl-C or `kill` end in order what runs inside, and take the uploads along."""
     # as Ctrl-C, also where a script started us in the background; as `kill` and containers end programs
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     temporary = None
     try:
-        options.host = options.host or ("0.0.0.0" if _on_spaces() else "127.0.0.1")
-        options.local = may_be_local(options.host, options.local)
         if "GRADIO_TEMP_DIR" not in os.environ:  # a folder of our own: nothing uploaded outlives the app
             temporary = os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="blip2-app-")
-        _serve(options)
-    except UsageError as error:
-        parser.error(str(error))
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        sys.exit(1)
-    except (KeyboardInterrupt, SystemExit):  # gradio exits by itself where Node renders the page
+        yield
+    except KeyboardInterrupt:
         print("\nStopped.", flush=True)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave uploads behind
@@ -75,6 +83,14 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="let visitors load released checkpoints and model folders of this machine; default: yes if "
         "only this machine can reach the app",
+    )
+    parser.add_argument(
+        "--max-models",
+        type=int,
+        default=2,
+        metavar="N",
+        help="how many models stay in memory, the embedded ones not counted; the one used longest ago leaves "
+        "(default: 2)",
     )
     parser.add_argument(
         "--votes",
@@ -124,13 +140,22 @@ def may_be_local(host: str, wanted: bool | None) -> bool:
     return private if wanted is None else wanted
 
 
-def build(*, local: bool = False, model: str | None = None, votes: Path | None = None) -> "gr.Blocks":
+def build(
+    *,
+    local: bool = False,
+    model: str | None = None,
+    votes: Path | None = None,
+    max_models: int = 2,
+    only: Sequence[str] | None = None,
+) -> "gr.Blocks":
     """The page, not yet served.
 
     Args:
         local: visitors may load released checkpoints and model folders.
-        model: the one open at first; default: the embedded default.
+        model: the one open at first; default: the first of `only`, else the embedded default.
         votes: a file for votes on compared answers; default: none are kept.
+        max_models: how many models stay in memory, the embedded ones not counted.
+        only: the models to offer, all kept in memory; None offers those there are.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it on import
     with _no_stubs():
@@ -138,8 +163,11 @@ def build(*, local: bool = False, model: str | None = None, votes: Path | None =
     from blip2.presets import DEFAULT
     from blip2.ui.models import Models
     from blip2.ui.page import page
+    from blip2.ui.votes import Votes
+    from blip2.ui.work import Work
 
-    return page(Models(model or DEFAULT, local=local), votes)
+    default = model or (only[0] if only else DEFAULT)
+    return page(Work(Models(default, local=local, at_most=max_models, only=only)), Votes(votes))
 
 
 @contextmanager
@@ -208,19 +236,35 @@ def _serve(options: argparse.Namespace) -> None:
         print("Starting ...", end="\r", flush=True)
     if options.votes is not None:
         options.votes.open("a").close()  # what is wrong with it is said now
-    demo = build(local=options.local, model=options.model, votes=options.votes)
+    if options.max_models < 1:
+        raise UsageError(f"--max-models is {options.max_models}; allowed: 1 or more")
+    demo = build(local=options.local, model=options.model, votes=options.votes, max_models=options.max_models)
     models = demo.blip2_models
     if options.model:
         models.get(models.default)  # the operator named it: what is wrong with it is said now
+    keep_serving(demo, host=options.host, port=options.port, mcp=options.mcp)
+
+
+def keep_serving(demo: "gr.Blocks", *, host: str, port: int | None = None, mcp: bool = False) -> None:
+    """Serve a page until the process is interrupted; where it is, is printed.
+
+    Raises:
+        OSError: the port, or all that were tried, are taken.
+    """
+    from blip2.devices import device_advice
+
+    models = demo.blip2_models
     try:
-        address = launch(demo, host=options.host, port=options.port, mcp=options.mcp)
+        address = launch(demo, host=host, port=port, mcp=mcp)
         print(f"BLIP-2 is ready: {address}", flush=True)
-        if not is_loopback(options.host):
+        if not is_loopback(host):
             print("Others can reach it: they can upload pictures and use the models offered, no more.")
         print("Ctrl-C ends it.", flush=True)
         # while the visitor looks around
         threading.Thread(target=_get_going, args=(models,), daemon=True).start()
         threading.Event().wait()
+    except SystemExit:  # gradio's own way to end where Node renders the page
+        raise KeyboardInterrupt from None
     finally:
         demo.close(verbose=False)
 

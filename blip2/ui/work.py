@@ -114,7 +114,7 @@ class Work:
         """Let go of models that ran out of memory: the next visitor loads them into what is free by then."""
         if is_out_of_memory(error):
             for name in names:
-                self.models.unload(name)
+                self.models.unload(name, error)
 
     def _here(self, call: Call) -> Iterator[Any]:
         if call.stop.is_set():

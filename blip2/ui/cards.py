@@ -1,0 +1,130 @@
+"""What the page says about models: names with a precision (`blip2-opt-2.7b@nf4`), labels, cards, notices."""
+
+import html
+from pathlib import Path
+
+from blip2.checkpoint import half_precision, is_available
+from blip2.devices import accelerator_memory, choose_device, device_name, main_memory
+from blip2.presets import EMBEDDED, PRECISIONS, PRESETS, Preset
+
+WORLD = "nine colors, eight shapes, two sizes"
+FULL = "auto"
+BITS = {"int8": "8-bit", "nf4": "4-bit"}
+
+
+def split(name: str) -> tuple[str, str]:
+    """A model's name without its precision, and the precision, "auto" where none is given.
+
+    Raises:
+        ValueError: what stands after the last @ is no precision.
+    """
+    name = name.strip()
+    base, at, precision = name.rpartition("@")
+    if not at or "/" in precision or Path(name).expanduser().is_dir():
+        return name, FULL
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"unknown precision {precision!r} in {name!r}: choose one of {', '.join(PRECISIONS)}"
+        )
+    return base.strip(), precision
+
+
+def join(base: str, precision: str | None) -> str:
+    """The name of a model in a precision; the inverse of `split`."""
+    return base if precision in (None, "", FULL) else f"{base}@{precision}"
+
+
+def find_preset(base: str) -> Preset | None:
+    """The preset of that name, unless a folder of the same name was meant."""
+    bare = base.strip().lower().removeprefix("salesforce/")
+    return None if Path(base).expanduser().is_dir() else PRESETS.get(bare)
+
+
+def full_precision(preset: Preset) -> str:
+    """What "full" means for a released checkpoint on this machine."""
+    return half_precision(choose_device(), preset.language_model)
+
+
+def label(name: str) -> str:
+    """A model for a list: whether it is here, or the size of its download."""
+    base, precision = split(name)
+    preset = find_preset(base)
+    suffix = "" if precision == FULL else f", {BITS.get(precision, precision)}"
+    if preset is None:
+        return (Path(base).name or base) + suffix
+    if preset.repo_id is None:
+        return f"{preset.name} (embedded{suffix})"
+    where = "in the cache" if is_available(preset.name) else f"{gigabytes(preset.download_bytes)} download"
+    return f"{preset.name} ({where}{suffix})"
+
+
+def title(name: str) -> str:
+    """A model in a sentence: a folder without where it lies."""
+    path = Path(name).expanduser()
+    return path.name if path.name and Path(name.rpartition("@")[0] or name).expanduser().is_dir() else name
+
+
+def card(name: str, local: bool) -> str:
+    """HTML: what a model is, what it takes, what may be done with it; if local, what this machine has."""
+    here = [("This machine", machine())] if local else []
+    try:
+        base, precision = split(name)
+    except ValueError:
+        base, precision = name, FULL
+    preset = find_preset(base)
+    if preset is None:
+        where = "this machine: a folder, or the Hub's cache"
+        return _card(base, [("From", where), *_chosen(precision), *here], "")
+    if preset.repo_id is None:
+        facts = [
+            ("Size", f"{preset.parameters / 1e6:.1f} million parameters"),
+            ("Download", "none, it is part of the app"),
+            ("Memory", f"{preset.memory('float32') / 1e6:.0f} MB"),
+        ]
+        return _card(preset.name, facts, preset.license)
+    memory = [f"{gigabytes(preset.memory(p))} {p}" for p in ("float32", "bfloat16", "int8", "nf4")]
+    cached = " (in the cache)" if is_available(preset.name) else ""
+    facts = [
+        ("Size", f"{preset.parameters / 1e9:.1f} billion parameters"),
+        ("Download", gigabytes(preset.download_bytes) + cached),
+        ("Memory", " · ".join(memory)),
+        *_chosen(precision),
+        *here,
+    ]
+    return _card(preset.name, facts, preset.license)
+
+
+def _chosen(precision: str) -> list[tuple[str, str]]:
+    return [] if precision == FULL else [("Precision", f"{BITS.get(precision, precision)} ({precision})")]
+
+
+def machine() -> str:
+    """What this machine has for models, in a few words."""
+    memory, accelerator = main_memory(), accelerator_memory()
+    words = f"{gigabytes(memory.free)} of {gigabytes(memory.total)} memory free"
+    if accelerator is None:
+        return f"{words}, no accelerator"
+    return f"{words}; {device_name()}, {gigabytes(accelerator.free)} of {gigabytes(accelerator.total)} free"
+
+
+def notice(name: str, served: bool = True) -> str:
+    """HTML: what the embedded models know; nothing for others. `served` says whether released ones are."""
+    base = name.rpartition("@")[0] or name
+    if base not in EMBEDDED:
+        return ""
+    instead = "choose a released model" if served else "there are the released models, not served here"
+    return (
+        f'<div class="notice"><strong>{base}</strong> knows drawn scenes only: {WORLD}. '
+        f"For photographs {instead}.</div>"
+    )
+
+
+def gigabytes(number: int) -> str:
+    """`15.0 GB`."""
+    return f"{number / 1e9:.1f} GB"
+
+
+def _card(title: str, facts: list[tuple[str, str]], license: str) -> str:
+    rows = [*facts, *([("License", license)] if license else [])]
+    cells = "".join(f"<dt>{html.escape(term)}</dt><dd>{html.escape(text)}</dd>" for term, text in rows)
+    return f'<dl class="card" aria-label="About {html.escape(title)}">{cells}</dl>'
