@@ -251,8 +251,6 @@ def keep_serving(demo: "gr.Blocks", *, host: str, port: int | None = None, mcp: 
     Raises:
         OSError: the port, or all that were tried, are taken.
     """
-    from blip2.devices import device_advice
-
     models = demo.blip2_models
     try:
         address = launch(demo, host=host, port=port, mcp=mcp)
