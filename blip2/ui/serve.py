@@ -20,6 +20,8 @@ from urllib.request import ProxyHandler, build_opener
 if TYPE_CHECKING:
     import gradio as gr
 
+    from blip2.ui.models import Models
+
 PORTS = range(7860, 7960)  # tried in this order where no port is asked for
 MAX_UPLOAD = "50mb"
 
@@ -249,8 +251,6 @@ def keep_serving(demo: "gr.Blocks", *, host: str, port: int | None = None, mcp: 
     Raises:
         OSError: the port, or all that were tried, are taken.
     """
-    from blip2.devices import device_advice
-
     models = demo.blip2_models
     try:
         address = launch(demo, host=host, port=port, mcp=mcp)
@@ -258,14 +258,22 @@ def keep_serving(demo: "gr.Blocks", *, host: str, port: int | None = None, mcp: 
         if not is_loopback(host):
             print("Others can reach it: they can upload pictures and use the models offered, no more.")
         print("Ctrl-C ends it.", flush=True)
-        if advice := device_advice():
-            print(advice, file=sys.stderr)
-        try:
-            models.get(models.default)  # while the visitor looks around; imports torch as well
-        except ValueError as error:
-            print(error, file=sys.stderr)
+        # while the visitor looks around
+        threading.Thread(target=_get_going, args=(models,), daemon=True).start()
         threading.Event().wait()
     except SystemExit:  # gradio's own way to end where Node renders the page
         raise KeyboardInterrupt from None
     finally:
         demo.close(verbose=False)
+
+
+def _get_going(models: "Models") -> None:
+    """Import torch and load the first model; not in the main thread, where imports may swallow a Ctrl-C."""
+    from blip2.devices import device_advice
+
+    if advice := device_advice():
+        print(advice, file=sys.stderr)
+    try:
+        models.get(models.default)
+    except ValueError as error:
+        print(error, file=sys.stderr)

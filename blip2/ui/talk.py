@@ -41,6 +41,7 @@ class ChatTab(Tab):
             show_label=False,
             height=350,
             render_markdown=False,  # it still takes HTML, so what is written is escaped
+            latex_delimiters=[],
             buttons=[],
             editable="user",
             group_consecutive_messages=False,
