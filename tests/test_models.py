@@ -321,7 +321,7 @@ def test_a_space_offers_its_own_models(assets):
     models = demo.blip2_models
     assert (models.default, models.names) == ("scenes-flan-t5", ["scenes-flan-t5"])
     [shown] = [block for block in demo.blocks.values() if getattr(block, "elem_id", None) == "model"]
-    assert shown.choices == [("scenes-flan-t5 (embedded)", "scenes-flan-t5")]
+    assert shown.choices == [("scenes-flan-t5", "scenes-flan-t5")]
     assert not shown.allow_custom_value
     assert pair(models) == ("scenes-flan-t5", "scenes-flan-t5")
     both = ["blip2-flan-t5-xl@int8", "blip2-opt-2.7b"]
