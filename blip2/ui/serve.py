@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PORTS = range(7860, 7960)  # tried in this order where no port is asked for
 MAX_UPLOAD = "50mb"
+IMPORTED = 20  # seconds by which torch is imported
 
 
 class UsageError(ValueError):
@@ -251,20 +252,21 @@ def keep_serving(demo: "gr.Blocks", *, host: str, port: int | None = None, mcp: 
     Raises:
         OSError: the port, or all that were tried, are taken.
     """
-    models = demo.blip2_models
+    starting = threading.Thread(target=_get_going, args=(demo.blip2_models,), daemon=True)
     try:
         address = launch(demo, host=host, port=port, mcp=mcp)
         print(f"BLIP-2 is ready: {address}", flush=True)
         if not is_loopback(host):
             print("Others can reach it: they can upload pictures and use the models offered, no more.")
         print("Ctrl-C ends it.", flush=True)
-        # while the visitor looks around
-        threading.Thread(target=_get_going, args=(models,), daemon=True).start()
+        starting.start()  # while the visitor looks around
         threading.Event().wait()
     except SystemExit:  # gradio's own way to end where Node renders the page
         raise KeyboardInterrupt from None
     finally:
         demo.close(verbose=False)
+        if starting.is_alive():
+            starting.join(IMPORTED)  # Python crashes where it ends in the midst of importing torch
 
 
 def _get_going(models: "Models") -> None:
