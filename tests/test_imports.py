@@ -30,7 +30,7 @@ LAYERS = [
         "novelty",
         "presets",
     },
-    {"generation", "chat", "explain"},
+    {"conversation", "generation", "chat", "explain"},
     {"bulk", "server", "folder", "report", "sidecars"},
     {"cli", "ui", "__main__"},
 ]

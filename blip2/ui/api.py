@@ -10,8 +10,8 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.chat import Turn
-from blip2.generation import Generation
+from blip2.conversation import Turn
+from blip2.settings import Generation
 from blip2.ui import errors, tasks
 from blip2.ui.compare import pair
 from blip2.ui.json_input import MESSAGES, TEXTS, JsonInput

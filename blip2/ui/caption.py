@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.generation import Generation
 from blip2.presets import PRESETS
+from blip2.settings import Generation
 from blip2.ui import tasks
 from blip2.ui.parameters import Parameters
 from blip2.ui.session import Session

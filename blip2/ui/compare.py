@@ -10,9 +10,9 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.chat import Turn
-from blip2.generation import Generation
+from blip2.conversation import Turn
 from blip2.presets import EMBEDDED, PRESETS
+from blip2.settings import Generation
 from blip2.ui import tasks
 from blip2.ui.answers import Progress
 from blip2.ui.errors import friendly, question

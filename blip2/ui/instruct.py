@@ -6,9 +6,8 @@ from typing import Any, get_args
 
 import gradio as gr
 
-from blip2.chat import Turn
-from blip2.generation import Generation
-from blip2.processing import Style
+from blip2.conversation import Turn
+from blip2.settings import Generation, Style
 from blip2.ui import tasks
 from blip2.ui.errors import question
 from blip2.ui.parameters import Parameters

@@ -1,13 +1,18 @@
 """The models the app offers: which, at what cost, and loaded once for all visitors."""
 
+from __future__ import annotations
+
 import html
 import os
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from blip2 import checkpoint
-from blip2.checkpoint import CheckpointError, Loaded
+from blip2.errors import CheckpointError
 from blip2.presets import EMBEDDED, PRESETS, Preset
+
+if TYPE_CHECKING:
+    from blip2.checkpoint import Loaded
 
 WORLD = "nine colors, eight shapes, two sizes"
 
@@ -63,6 +68,8 @@ class Models:
             lock = self._locks.setdefault(name, threading.Lock())
         with lock:
             if name not in self._loaded:
+                from blip2 import checkpoint  # and with it torch: the page is served before
+
                 loaded = checkpoint.load(name, local_files_only=True)
                 _check_kind(loaded, kind)  # before it takes a place on the shelf
                 self._loaded[name] = loaded

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from blip2.devices import device_advice
-from blip2.images import ImageError
+from blip2.errors import ImageError
 from blip2.ui import history
 from blip2.ui.api import Api
 from blip2.ui.caption import CaptionTab
@@ -51,8 +51,7 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
                 scale=0,
             )
         model_note = gr.HTML(elem_id="model-note")
-        if models.local and (advice := device_advice()):
-            gr.HTML(note(advice), elem_id="device-note")
+        device_note = gr.HTML(elem_id="device-note")
         notice = gr.HTML(models.notice(models.default), elem_id="notice")
         with gr.Row(elem_id="main"):
             with gr.Column(scale=5, min_width=320, elem_id="look"):
@@ -129,6 +128,8 @@ def page(models: Models, votes: Path | None = None) -> gr.Blocks:
             return updates | chat.shown(session)
 
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        if models.local:  # asked once a page opens: it takes torch, imported while the page is served
+            demo.load(lambda: note(device_advice() or ""), None, device_note, queue=False, **private)
         # on opening too, so that a bad upload can give way to the picture that was open at first
         gr.on(
             [demo.load, box.picture.change],

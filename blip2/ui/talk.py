@@ -7,11 +7,10 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.chat import Turn
-from blip2.generation import Generation
-from blip2.images import ImageError
-from blip2.novelty import UnknownPictureError
+from blip2.conversation import Turn
+from blip2.errors import ImageError, UnknownPictureError
 from blip2.presets import EMBEDDED
+from blip2.settings import Generation
 from blip2.ui import tasks
 from blip2.ui.errors import question
 from blip2.ui.files import held

@@ -1,26 +1,28 @@
 """What the models are asked to do, each a function that yields as it goes.
 
 `blip2.ui.work` runs them, in this process or in one that has a GPU: what they are given and what they yield
-can be pickled, and what they change is the subject alone. No gradio in this file.
+can be pickled, and what they change is the subject alone. No gradio in this file; and what computes is
+imported only when a model has been loaded, since the page is served before torch is imported.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from blip2 import explain
-from blip2.chat import Chat, Conversation, Turn
-from blip2.checkpoint import Loaded
-from blip2.generation import Generation, generate, num_descriptions
-from blip2.model import Blip2
-from blip2.processing import Style
-from blip2.representation import Blip2Representation
+from blip2.conversation import Conversation, Turn
+from blip2.settings import Generation, Style
 from blip2.ui.answers import Background, Progress, streamed, together
 from blip2.ui.errors import EXPECTED
 from blip2.ui.stop import Stop
 from blip2.ui.subject import Subject
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from blip2.checkpoint import Loaded
+    from blip2.explain import Token
 
 
 def talk(
@@ -91,10 +93,12 @@ def caption(
     models: list[Loaded], subject: Subject, prompt: str, generation: Generation, stop: Stop
 ) -> Iterator[Progress | list[str]]:
     """Write captions that go on from a prompt; yields how long it has been, and last the captions."""
+    from blip2.generation import generate
+
     [loaded] = models
-    assert isinstance(loaded.model, Blip2)
+    model: Any = loaded.model
     write = partial(
-        generate, loaded.model, loaded.processor, subject.features(loaded),
+        generate, model, loaded.processor, subject.features(loaded),
         loaded.processor.prompt(prompt, "caption"), generation, stop,
     )  # fmt: skip
     doing = f"Searching with {generation.num_beams} beams" if generation.method == "beam" else "Writing"
@@ -107,17 +111,17 @@ def match(
 ) -> Iterator[list[tuple[float, float]]]:
     """Score how well texts fit the picture; yields (probability that it fits, cosine) of each."""
     [loaded] = models
-    assert isinstance(loaded.model, Blip2Representation)
+    model: Any = loaded.model
     features = subject.features(loaded)
     tokens = {name: value.to(loaded.device) for name, value in loaded.processor.text(texts).items()}
-    matching = loaded.model.score(features, **tokens, head="itm")[0].tolist()
-    cosine = loaded.model.score(features, **tokens, head="itc")[0].tolist()
+    matching = model.score(features, **tokens, head="itm")[0].tolist()
+    cosine = model.score(features, **tokens, head="itc")[0].tolist()
     yield list(zip(matching, cosine, strict=True))
 
 
 def occlude(
     models: list[Loaded], subject: Subject, turn: Turn, stop: Stop
-) -> Iterator[Progress | tuple[list[explain.Token], Tensor]]:
+) -> Iterator[Progress | tuple[list[Token], Tensor]]:
     """Look into an answer by hiding parts of the picture.
 
     Yields:
@@ -128,7 +132,7 @@ def occlude(
 
 def attend(
     models: list[Loaded], subject: Subject, turn: Turn, layer: int | None, query: int | None, stop: Stop
-) -> Iterator[Progress | tuple[list[explain.Token], Tensor]]:
+) -> Iterator[Progress | tuple[list[Token], Tensor]]:
     """Look at where the queries read the picture; `layer` and `query` count from 1. Yields as `occlude`."""
     yield from _look_into(models[0], subject, turn, partial(_attention, layer=layer, query=query), stop)
 
@@ -144,6 +148,9 @@ def _answer(
     index: int | None = None,
     style: Style | None = None,
 ) -> Iterator[Progress | Turn]:
+    from blip2.chat import Chat
+    from blip2.generation import num_descriptions
+
     model: Any = loaded.model
     chat = Chat(
         model, loaded.processor, conversation,
@@ -178,10 +185,12 @@ def _in_background(function: Any, doing: str, stop: Stop) -> Any:
 
 
 def _look_into(loaded: Loaded, subject: Subject, turn: Turn, weigh: Any, stop: Stop) -> Iterator[Any]:
+    from blip2 import explain
+
     features = subject.features(loaded)
     texts = (turn.prompt, turn.answer, turn.question)
 
-    def work() -> tuple[list[explain.Token], Tensor]:
+    def work() -> tuple[list[Token], Tensor]:
         tokens = explain.token_probabilities(loaded.model, loaded.processor, features, *texts)
         return tokens, weigh(loaded, subject, turn).cpu()
 
@@ -189,11 +198,15 @@ def _look_into(loaded: Loaded, subject: Subject, turn: Turn, weigh: Any, stop: S
 
 
 def _occlusion(loaded: Loaded, subject: Subject, turn: Turn, stop: Stop) -> Tensor:
+    from blip2 import explain
+
     texts = (turn.prompt, turn.answer, turn.question)
     return explain.occlusion(loaded.model, loaded.processor, subject.image(), *texts, stop=stop)
 
 
 def _attention(loaded: Loaded, subject: Subject, turn: Turn, layer: int | None, query: int | None) -> Tensor:
+    from blip2 import explain
+
     asked = {name: ids.to(loaded.device) for name, ids in loaded.processor.question(turn.question).items()}
     attention = explain.query_attention(loaded.model, subject.features(loaded), asked)
     where, which = _chosen("Layer", layer, len(attention)), _chosen("Query", query, attention.shape[3])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blip2.devices import is_out_of_memory
-from blip2.generation import Generation
+from blip2.settings import Generation
 from blip2.ui import tasks
 from blip2.ui.answers import Progress
 from blip2.ui.errors import EXPECTED
