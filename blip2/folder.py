@@ -8,110 +8,25 @@ What is done is on the disk before the next picture begins, whole, so that a sto
 the pictures under way, and the same call goes on from there.
 """
 
-import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from blip2.checkpoint import Loaded
 from blip2.devices import is_out_of_memory
-from blip2.generation import Generation, StopSignal, describe, generate, num_descriptions
-from blip2.images import ImageError, open_image
+from blip2.generation import StopSignal, describe, generate, num_descriptions
+from blip2.images import ImageError
 from blip2.model import Blip2
 from blip2.novelty import UnknownPictureError
+from blip2.pictures import Captioning, Failure, open_picture
 from blip2.representation import Blip2Representation
-from blip2.sidecars import Entry, FolderError, Sidecars, Table
+from blip2.sidecars import Entry, Sidecars, Table
 from blip2.vision import ImageFeatures
-
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A picture that got no caption.
-
-    Attributes:
-        image: as in `Entry`.
-        reason: why, in one sentence.
-        unknown: it is of a kind that the model does not know, and would be captioned if forced.
-    """
-
-    image: str
-    reason: str
-    unknown: bool = False
-
-
-@dataclass(frozen=True)
-class Captioning:
-    """What is wanted of every picture.
-
-    Attributes:
-        generation: settings of the captions.
-        prompt: what captions go on from.
-        keep_prompt: whether they begin with it.
-        prefix: put before every caption as it is.
-        suffix: put after it.
-        questions: asked of every picture, too.
-        answers: settings of the answers.
-        style: frame of the questions; by default the model's own.
-        batch_size: pictures at once; halved where memory does not suffice.
-        force: caption pictures of a kind that the model does not know, too.
-    """
-
-    generation: Generation = field(default_factory=Generation.caption)
-    prompt: str = ""
-    keep_prompt: bool = False
-    prefix: str = ""
-    suffix: str = ""
-    questions: tuple[str, ...] = ()
-    answers: Generation = field(default_factory=Generation.answer)
-    style: Any = None
-    batch_size: int = 8
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse an impossible batch size."""
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be 1 or more")
-
-    def worded(self, texts: Iterable[str]) -> list[str]:
-        """Captions from what a model said after the prompt."""
-        begun = f"{self.prompt} " if self.keep_prompt and self.prompt else ""
-        return [f"{self.prefix}{begun}{text}{self.suffix}" for text in texts]
-
-
-def find_pictures(folder: str | Path, recursive: bool = False) -> list[str]:
-    """Paths within `folder` of the pictures there, sorted, with forward slashes; hidden ones are left out.
-
-    Args:
-        folder: where to look.
-        recursive: in its folders, too; links to folders are not followed.
-
-    Raises:
-        FolderError: no such folder, or no picture in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FolderError(f"{folder} is not a folder")
-    found, deeper = [], 0
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        names = [name for name in files if name.lower().endswith(ENDINGS) and not name.startswith(".")]
-        if Path(root) == folder or recursive:
-            found += [(Path(root) / name).relative_to(folder).as_posix() for name in names]
-        else:
-            deeper += len(names)
-    if not found:
-        hint = f"; its folders hold {deeper}, which --recursive takes in" if deeper else ""
-        raise FolderError(f"{folder} has no pictures ({', '.join(ENDINGS)}){hint}")
-    return sorted(found, key=lambda name: (name.lower(), name))
 
 
 def caption_folder(
@@ -169,22 +84,6 @@ def caption_pictures(
                 if isinstance(result, Entry) and out is not None:
                     out.write(result)
                 yield result
-
-
-def open_picture(image: str, path: Path) -> Image.Image:
-    """Open a picture's file; what is wrong with it is said of its name, not of where it lies.
-
-    Raises:
-        ImageError: it is no usable picture, or gone.
-    """
-    try:
-        if not path.is_file():  # a pipe could block for ever
-            raise ImageError(f"{image} is not here any more, or no regular file: add it again.")
-        return open_image(path.read_bytes())
-    except ImageError as error:
-        raise ImageError(str(error).replace("the image data", image, 1)) from error
-    except OSError as error:
-        raise ImageError(f"cannot read {image}: {error.strerror or error}.") from error
 
 
 @dataclass(frozen=True)

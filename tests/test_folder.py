@@ -11,10 +11,11 @@ from PIL import Image
 
 from blip2.chat import Chat
 from blip2.checkpoint import Loaded, load
-from blip2.folder import Captioning, Entry, Failure, caption_folder, find_pictures
+from blip2.folder import caption_folder
 from blip2.generation import Generation, generate
+from blip2.pictures import Captioning, Failure, find_pictures
 from blip2.processing import Processor
-from blip2.sidecars import FolderError, Sidecars, Table
+from blip2.sidecars import Entry, FolderError, Sidecars, Table
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GREEDY = Generation(max_new_tokens=6, min_new_tokens=3)

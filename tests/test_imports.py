@@ -31,8 +31,8 @@ LAYERS = [
         "novelty",
         "presets",
     },
-    {"generation", "chat", "explain"},
-    {"bulk", "server", "folder", "report", "sidecars", "deploy"},
+    {"conversation", "generation", "chat", "explain"},
+    {"bulk", "server", "folder", "pictures", "report", "sidecars", "deploy"},
     {"cli", "ui", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -138,3 +138,12 @@ def test_quick_start(program):
     command = [sys.executable, "-c", f"import sys\n{program}\n{CHECK}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.splitlines()[-1:]) == (0, ["[]"]), done.stderr
+
+
+def test_the_page_is_built_without_torch():
+    program = (
+        "import sys; from blip2.ui import build; build(local=True); "
+        "print(sys.modules.keys() & {'torch', 'transformers'})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, ["set()"]), done.stderr

@@ -22,7 +22,7 @@ from blip2.devices import Memory
 from blip2.download import download
 from blip2.generation import Generation
 from blip2.presets import PRESETS, Preset, best, room
-from blip2.ui import build, cards, fitting, tasks
+from blip2.ui import build, cards, fitting
 from blip2.ui.cards import join, split
 from blip2.ui.compare import pair
 from blip2.ui.models import Models
@@ -215,7 +215,7 @@ def test_an_answer_keeps_its_model_until_it_ends(folders, tmp_path):
     one, two, _ = folders
     work, subject = Work(models), Subject.of_file(picture(tmp_path, 1))
     held = weakref.ref(models.get(one).model)
-    task = (tasks.talk, [one], subject, "what?", Generation(**LONG), None, None)
+    task = ("talk", [one], subject, "what?", Generation(**LONG), None, None)
     answer = work.run(*task, stop=Stop())
     next(answer)
     models.get(two)
@@ -224,11 +224,11 @@ def test_an_answer_keeps_its_model_until_it_ends(folders, tmp_path):
     del answer
     gc.collect()
     assert held() is None  # though the visitor still has the conversation open
-    assert work.last(tasks.talk, [one], subject, "and where?", Generation(), None, None, stop=Stop())
+    assert work.last("talk", [one], subject, "and where?", Generation(), None, None, stop=Stop())
 
     alone = Subject.of_file(picture(tmp_path, 1))
     work.last(*task[:2], alone, *task[3:], stop=Stop())
-    work.last(tasks.talk, [one], alone, "and where?", Generation(), None, None, stop=Stop())
+    work.last("talk", [one], alone, "and where?", Generation(), None, None, stop=Stop())
     said = [[turn.answer for turn in who.conversation.turns] for who in (subject, alone)]
     assert said[0] == said[1] and len(said[0]) == 2 and said[0][0] == turn.answer
 
@@ -417,7 +417,7 @@ def test_fewer_bits_on_the_cpu(folders, tmp_path, precision):
     assert (full.name, small.name, small.precision) == ("one", f"one@{precision}", precision)
     both = [subject.features(loaded).image_embeds.float() for loaded in (full, small)]
     assert not torch.equal(*both) and both[0].shape == both[1].shape
-    task = (tasks.instruct, [f"{folders[0]}@{precision}"], subject, "what color?", Generation(), None, None)
+    task = ("instruct", [f"{folders[0]}@{precision}"], subject, "what color?", Generation(), None, None)
     assert isinstance(Work(models).last(*task, stop=Stop()).answer, str)
 
 

@@ -17,10 +17,11 @@ import torch
 from PIL import Image
 from serving import tiny_checkpoints
 
-from blip2.folder import Captioning, Failure, caption_pictures
+from blip2.folder import caption_pictures
 from blip2.generation import Generation, generate
 from blip2.model import Blip2
 from blip2.novelty import Novelty
+from blip2.pictures import Captioning, Failure
 from blip2.presets import Preset
 from blip2.sidecars import Entry, Sidecars
 from blip2.ui import build, launch

@@ -9,8 +9,9 @@ from typing import Any
 from blip2.checkpoint import Loaded
 from blip2.cli.console import Console, UsageError
 from blip2.cli.models import about, default_model, load_model, note_unknown_words
-from blip2.folder import Captioning, Failure, caption_folder, find_pictures
+from blip2.folder import caption_folder
 from blip2.generation import Generation
+from blip2.pictures import Captioning, Failure, find_pictures
 from blip2.presets import PRESETS
 from blip2.sidecars import SIDECARS, TABLES, Entry, IfExists, Sidecars, Table
 

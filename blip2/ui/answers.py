@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from blip2.generation import Generation
+from blip2.settings import Generation
 from blip2.ui.stop import Stop
 
 T = TypeVar("T")

@@ -10,9 +10,9 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.chat import Turn
-from blip2.generation import Generation
-from blip2.ui import errors, tasks
+from blip2.conversation import Turn
+from blip2.settings import Generation
+from blip2.ui import errors
 from blip2.ui.compare import pair
 from blip2.ui.json_input import MESSAGES, TEXTS, JsonInput
 from blip2.ui.picture import Picture
@@ -103,7 +103,7 @@ class Api:
         """
         name, subject = self._open(image, model, force)
         settings = Generation.caption(num_captions=int(num_captions))
-        return self.work.last(tasks.caption, [name], subject, prompt or "", settings, stop=Stop())
+        return self.work.last("caption", [name], subject, prompt or "", settings, stop=Stop())
 
     def answer(self, image: File, question: str, model: str = "", force: bool = False) -> str:
         """Answer a question about a picture in a few words.
@@ -118,7 +118,7 @@ class Api:
             The answer.
         """
         asked, (name, subject) = errors.question(question), self._open(image, model, force)
-        task = (tasks.instruct, [name], subject, asked, Generation.answer(), None, None)
+        task = ("instruct", [name], subject, asked, Generation.answer(), None, None)
         return self.work.last(*task, stop=Stop()).answer
 
     def chat(self, image: File, messages: list[dict[str, str]], model: str = "", force: bool = False) -> str:
@@ -137,7 +137,7 @@ class Api:
         turns = _turns(messages)
         name, subject = self._open(image, model, force)
         subject.conversation.turns += [Turn(asked, answered) for asked, answered in turns[:-1]]
-        task = (tasks.talk, [name], subject, turns[-1][0], Generation.answer(), None, None)
+        task = ("talk", [name], subject, turns[-1][0], Generation.answer(), None, None)
         return self.work.last(*task, stop=Stop()).answer
 
     def compare(
@@ -158,7 +158,7 @@ class Api:
         first, second = pair(self.models)
         names = [(first_model or first).strip(), (second_model or second).strip()]
         asked, (_, subject) = errors.question(question), self._open(image, "", force)
-        task = (tasks.compare, names, subject, asked, Generation.answer(), None, None)
+        task = ("compare", names, subject, asked, Generation.answer(), None, None)
         turns: dict[int, Turn] = {}
         for item in self.work.run(*task, stop=Stop()):
             side, said = item if isinstance(item, tuple) else (0, item)
@@ -189,7 +189,7 @@ class Api:
         if not texts or not fine:
             raise ValueError("texts must be a list of one or more texts that are not empty.")
         name, subject = self._open(image, model or MATCHING, force)
-        scores = self.work.last(tasks.match, [name], subject, texts, stop=Stop(), kinds=["match"])
+        scores = self.work.last("match", [name], subject, texts, stop=Stop(), kinds=["match"])
         rows = [
             {"text": text, "match": match, "cosine": cosine}
             for text, (match, cosine) in zip(texts, scores, strict=True)

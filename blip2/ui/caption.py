@@ -7,9 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.generation import Generation
 from blip2.presets import PRESETS
-from blip2.ui import tasks
+from blip2.settings import Generation
 from blip2.ui.parameters import Parameters
 from blip2.ui.session import Session
 from blip2.ui.tab import Tab, Updates
@@ -49,7 +48,7 @@ class CaptionTab(Tab):
         captions, start = None, time.monotonic()
         with session.answering() as stop:
             yield self.busy(name) | {self.receipt: ""}
-            for said in self.work.run(tasks.caption, [name], subject, prompt, generation, stop=stop):
+            for said in self.work.run("caption", [name], subject, prompt, generation, stop=stop):
                 if isinstance(said, list):
                     captions = said
                 else:

@@ -3,7 +3,6 @@
 import html
 from pathlib import Path
 
-from blip2.checkpoint import half_precision, is_available
 from blip2.devices import accelerator_memory, choose_device, device_name, main_memory
 from blip2.presets import EMBEDDED, PRECISIONS, PRESETS, Preset
 
@@ -42,11 +41,13 @@ def find_preset(base: str) -> Preset | None:
 
 def full_precision(preset: Preset) -> str:
     """What "full" means for a released checkpoint on this machine."""
+    from blip2.checkpoint import half_precision
+
     return half_precision(choose_device(), preset.language_model)
 
 
-def label(name: str) -> str:
-    """A model for a list: whether it is here, or the size of its download."""
+def label(name: str, look: bool = True) -> str:
+    """A model for a list: whether it is here, if one is to look, or the size of its download."""
     base, precision = split(name)
     preset = find_preset(base)
     suffix = "" if precision == FULL else f", {BITS.get(precision, precision)}"
@@ -54,7 +55,11 @@ def label(name: str) -> str:
         return (Path(base).name or base) + suffix
     if preset.repo_id is None:
         return f"{preset.name} (embedded{suffix})"
-    where = "in the cache" if is_available(preset.name) else f"{gigabytes(preset.download_bytes)} download"
+    where = f"{gigabytes(preset.download_bytes)} download"
+    if look:
+        from blip2.checkpoint import is_available
+
+        where = "in the cache" if is_available(preset.name) else where
     return f"{preset.name} ({where}{suffix})"
 
 
@@ -66,6 +71,8 @@ def title(name: str) -> str:
 
 def card(name: str, local: bool) -> str:
     """HTML: what a model is, what it takes, what may be done with it; if local, what this machine has."""
+    from blip2.checkpoint import is_available
+
     here = [("This machine", machine())] if local else []
     try:
         base, precision = split(name)

@@ -8,10 +8,9 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.chat import Turn
-from blip2.generation import Generation
+from blip2.conversation import Turn
 from blip2.presets import EMBEDDED, PRESETS
-from blip2.ui import tasks
+from blip2.settings import Generation
 from blip2.ui.answers import Progress
 from blip2.ui.errors import friendly, question
 from blip2.ui.models import Models
@@ -42,7 +41,7 @@ class CompareTab(Tab):
         with gr.Row():
             self.picks = [
                 gr.Dropdown(
-                    self.models.choices(),
+                    self.models.choices(look=False),
                     value=name,
                     label=f"Model {side}",
                     allow_custom_value=self.models.local,
@@ -123,7 +122,7 @@ class CompareTab(Tab):
             empty = dict.fromkeys((*self.answers, *self.receipts), "")
             missing = [name for name in names if not self.models.is_loaded(name)]
             yield self.busy(*missing[:1] or names[:1]) | empty | self._votable(False)
-            task = (tasks.compare, names, subject, text, generation, describe, style)
+            task = ("compare", names, subject, text, generation, describe, style)
             for item in self.work.run(*task, stop=stop):
                 if isinstance(item, Progress):
                     yield {self.note: note(item.doing)}

@@ -3,7 +3,7 @@
 import logging
 
 from blip2.devices import is_out_of_memory
-from blip2.processing import PromptError
+from blip2.errors import PromptError
 
 log = logging.getLogger("blip2.ui")
 

@@ -5,9 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from blip2.checkpoint import SMALL, half_precision, is_available, locate
 from blip2.devices import Memory, accelerator_memory, choose_device, main_memory, why_not_quantized
-from blip2.layout import read_layout
 from blip2.presets import PRESETS, best, room
 from blip2.ui.cards import BITS, FULL, find_preset, full_precision, gigabytes, join
 
@@ -37,6 +35,9 @@ def needed(base: str, precision: str) -> int:
     Raises:
         CheckpointError: a folder or Hub id that is not here.
     """
+    from blip2.checkpoint import SMALL, half_precision, locate  # takes torch: the page is served before
+    from blip2.layout import read_layout
+
     preset = find_preset(base)
     if preset is not None and preset.repo_id:
         return room(preset.memory(full_precision(preset) if precision == FULL else precision))
@@ -61,6 +62,8 @@ def advice(base: str, precision: str) -> str:
 
 def best_here() -> str | None:
     """The released checkpoint that answers best on this machine, as a name; None if none fits."""
+    from blip2.checkpoint import is_available
+
     accelerator, cache = accelerator_memory(), Path(constants.HF_HUB_CACHE).expanduser()
     while not cache.exists():
         cache = cache.parent

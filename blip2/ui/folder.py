@@ -10,10 +10,9 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.folder import ENDINGS, Failure
-from blip2.generation import Generation
+from blip2.pictures import ENDINGS, Failure
+from blip2.settings import Generation
 from blip2.sidecars import Entry, IfExists, Sidecars
-from blip2.ui import tasks
 from blip2.ui.answers import Progress
 from blip2.ui.parameters import Parameters
 from blip2.ui.pile import RECURSIVE, Pile, Row, Settings
@@ -228,7 +227,7 @@ class FolderTab(Tab):
             yield self.busy(name) | self._table(pile)
             for batch in _portions(rows, BATCHES * wanted.batch_size):  # others are served in between
                 paths = {row.image: row.path for row in batch}
-                task = (tasks.caption_all, names, Subject(), paths, out, wanted)
+                task = ("caption_all", names, Subject(), paths, out, wanted)
                 for said in self.work.run(*task, stop=stop, kinds=["generate", "match"][: len(names)]):
                     if not isinstance(said, Progress):
                         done.append(going[said.image])

@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.chat import Turn
+from blip2.conversation import Turn
 from blip2.images import ImageError, open_image
 from blip2.ui.errors import question
 from blip2.ui.session import Session

@@ -6,10 +6,8 @@ from typing import Any, get_args
 
 import gradio as gr
 
-from blip2.chat import Turn
-from blip2.generation import Generation
-from blip2.processing import Style
-from blip2.ui import tasks
+from blip2.conversation import Turn
+from blip2.settings import Generation, Style
 from blip2.ui.errors import question
 from blip2.ui.parameters import Parameters
 from blip2.ui.session import Session
@@ -80,7 +78,7 @@ class InstructTab(Tab):
         turn, start = None, time.monotonic()
         with session.answering() as stop:
             yield self.busy(name) | {self.answer: "", self.receipt: ""}
-            task = (tasks.instruct, [name], subject, text, generation, describe, style)
+            task = ("instruct", [name], subject, text, generation, describe, style)
             for said in self.work.run(*task, stop=stop):
                 if isinstance(said, Turn):
                     turn = said

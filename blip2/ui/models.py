@@ -1,21 +1,23 @@
 """The models the app offers: which, at what cost, and loaded once for all visitors."""
 
+from __future__ import annotations
+
 import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from blip2 import checkpoint
-from blip2.checkpoint import CheckpointError, Loaded, is_available, locate
 from blip2.devices import free_unused, is_out_of_memory
-from blip2.download import download
-from blip2.layout import read_layout
+from blip2.errors import CheckpointError
 from blip2.presets import EMBEDDED, PRESETS
 from blip2.ui import cards, fitting
 from blip2.ui.cards import FULL, find_preset, full_precision, gigabytes, join, split
 from blip2.ui.jobs import Job
+
+if TYPE_CHECKING:
+    from blip2.checkpoint import Loaded
 
 AT_MOST = 2  # a comparison takes two
 
@@ -77,12 +79,16 @@ class Models:
         names = [preset.name for preset in PRESETS.values() if preset.kind == "generate"]
         return names if self.default in names else [self.default, *names]
 
-    def choices(self) -> list[tuple[str, str]]:
-        """(label, name) for the picker; the label tells what has to be downloaded, and how much."""
-        return [(self._label(name), name) for name in self.names]
+    def choices(self, look: bool = True) -> list[tuple[str, str]]:
+        """(label, name) for the picker; the label tells what has to be downloaded, and how much.
 
-    def _label(self, name: str) -> str:
-        return cards.label(name) if self.only is None else name  # all are loaded: nothing to tell
+        Args:
+            look: into the cache, which takes torch; the page is served before.
+        """
+        return [(self._label(name, look), name) for name in self.names]
+
+    def _label(self, name: str, look: bool = True) -> str:
+        return cards.label(name, look) if self.only is None else name  # all are loaded: nothing to tell
 
     def precisions(self, name: str) -> list[tuple[str, str]]:
         """(label, precision) to choose from for a model; empty where there is no choice."""
@@ -161,6 +167,9 @@ class Models:
         preset = find_preset(split(name)[0])
         if not self.local or preset is None or preset.repo_id is None:
             raise CheckpointError(f"{name} cannot be downloaded here")
+        from blip2.checkpoint import is_available
+        from blip2.download import download
+
         if is_available(preset.name):
             return
         repo_id, title = preset.repo_id, f"Downloading {preset.name}"
@@ -261,6 +270,9 @@ class Models:
                 if key in self._shelf:
                     return self._shelf[key]
             if self.only is None:
+                from blip2.checkpoint import locate
+                from blip2.layout import read_layout
+
                 layout = read_layout(locate(base, local_files_only=True)[1])
                 _check_kind(base, layout.stage1, kind)
                 if not embedded:
@@ -278,6 +290,8 @@ class Models:
                 self._room.release()
 
     def _read(self, name: str, job: Job[Loaded]) -> Loaded:
+        from blip2 import checkpoint
+
         base, precision = split(name)
 
         def watch(done: int, total: int) -> None:

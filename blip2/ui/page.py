@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 
 from blip2.devices import device_advice
-from blip2.images import ImageError
+from blip2.errors import ImageError
 from blip2.ui import history
 from blip2.ui.api import Api
 from blip2.ui.caption import CaptionTab
@@ -43,8 +43,7 @@ def page(work: Work, votes: Votes) -> gr.Blocks:
             gr.HTML(HEADER, elem_id="header")
             picker = Picker(models, state)
         picker.notes()
-        if models.local and (advice := device_advice()):
-            gr.HTML(note(advice), elem_id="device-note")
+        device_note = gr.HTML(elem_id="device-note")
         with gr.Row(elem_id="main"):
             with gr.Column(scale=5, min_width=320, elem_id="look"):
                 box = PictureBox()
@@ -106,6 +105,16 @@ def page(work: Work, votes: Votes) -> gr.Blocks:
             return updates | chat.shown(session)
 
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
+        def tell() -> Updates:
+            """What takes torch, which is imported while the page is served."""
+            choices = models.choices()
+            advice = device_advice() if models.local else None
+            picks = {pick: gr.update(choices=choices) for pick in compare.picks}
+            return picker.told() | picks | {device_note: note(advice or "")}
+
+        late = [picker.list, picker.card, picker.best, device_note, *compare.picks]
+        demo.load(tell, None, late, queue=False, **private)
         # on opening too, so that a bad upload can give way to the picture that was open at first
         gr.on(
             [demo.load, box.picture.change],

@@ -4,7 +4,7 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.generation import Generation
+from blip2.settings import Generation
 
 METHODS = [
     ("Beam search", "beam"),

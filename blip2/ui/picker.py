@@ -1,5 +1,6 @@
 """The model picker: a list, a precision, how far a load or download is, and a way out of it."""
 
+import html
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -54,7 +55,7 @@ class Picker:
         self._missing: WeakKeyDictionary[Session, str] = WeakKeyDictionary()
         with gr.Column(scale=0, min_width=300, elem_id="pick"):
             self.list = gr.Dropdown(
-                models.choices(),
+                models.choices(look=False),
                 value=self._listed(models.default),
                 label="Model",
                 allow_custom_value=models.local,
@@ -79,14 +80,21 @@ class Picker:
 
     def about(self) -> None:
         """Place what is said about the model, and the button that gets a real one."""
-        self.card = gr.HTML(self.models.card(self.models.default), elem_id="card")
-        if self.models.local and (name := self.models.best()):
-            preset = PRESETS[split(name)[0]]
-            gr.Markdown(
-                f"The best for photographs on this machine: {label(name)}. {preset.license}",
-                elem_classes="fine-print",
-            )
+        self.card = gr.HTML(elem_id="card")
+        self.best = gr.HTML(elem_classes="fine-print")
         self.real = gr.Button(GET, size="sm", visible=self.models.local, min_width=160)
+
+    def told(self) -> Updates:
+        """What a page that has just opened is told: it was served before torch and the cache were there."""
+        best = ""
+        if self.models.local and (name := self.models.best()):
+            license = PRESETS[split(name)[0]].license
+            best = f"The best for photographs on this machine: {label(name)}. {license}"
+        return {
+            self.list: gr.update(choices=self.models.choices()),
+            self.card: self.models.card(self.models.default),
+            self.best: html.escape(best),
+        }
 
     def wire(
         self,

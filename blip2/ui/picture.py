@@ -9,7 +9,7 @@ from gradio import component_meta
 from gradio.data_classes import ImageData
 from gradio.exceptions import Error
 
-from blip2.images import ImageError
+from blip2.errors import ImageError
 from blip2.ui.examples import examples
 from blip2.ui.pad import sketch_pad
 from blip2.ui.words import note

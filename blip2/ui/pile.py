@@ -15,8 +15,8 @@ from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from blip2.folder import Captioning, Failure, find_pictures, open_picture
-from blip2.images import ImageError
+from blip2.errors import ImageError
+from blip2.pictures import Captioning, Failure, find_pictures, open_picture
 from blip2.sidecars import SIDECARS, Entry, FolderError, IfExists, Sidecars, Table, worst_match, zip_sidecars
 from blip2.ui.stop import Stop
 

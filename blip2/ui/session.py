@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from blip2.chat import Conversation, Turn
+from blip2.conversation import Conversation, Turn
 from blip2.ui.stop import Stop
 from blip2.ui.subject import Subject
 

@@ -1,15 +1,20 @@
 """What a visitor asks about: a picture, and the conversation about it. No gradio in this file."""
 
+from __future__ import annotations
+
 import hashlib
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from blip2.chat import Conversation
-from blip2.checkpoint import Loaded
+from blip2.conversation import Conversation
 from blip2.images import ImageError, open_image
-from blip2.vision import ImageFeatures
+
+if TYPE_CHECKING:
+    from blip2.checkpoint import Loaded
+    from blip2.vision import ImageFeatures
 
 SIDE = 320  # pixels of the longer side of the picture's small form
 
@@ -35,7 +40,7 @@ class Subject:
         self._small = b""
 
     @classmethod
-    def of_file(cls, path: str | None, name: str = "") -> "Subject":
+    def of_file(cls, path: str | None, name: str = "") -> Subject:
         """A picture that has not been talked about.
 
         Raises:
@@ -49,7 +54,7 @@ class Subject:
         subject.digest = hashlib.sha256(data).hexdigest()
         return subject
 
-    def anew(self) -> "Subject":
+    def anew(self) -> Subject:
         """The same picture, with nothing said about it."""
         other = Subject(self.path, self.name, self.digest)
         other.anyway, other._features, other._small = self.anyway, self._features, self._small
@@ -92,14 +97,14 @@ class Subject:
             loaded.check_known(features)
         return features
 
-    def to(self, device: str) -> "Subject":
+    def to(self, device: str) -> Subject:
         """This, with all tensors on another device."""
         self._features = {name: features.to(device) for name, features in self._features.items()}
         if self.conversation.image is not None:
             self.conversation.image = self.conversation.image.to(device)
         return self
 
-    def adopt(self, other: "Subject") -> None:
+    def adopt(self, other: Subject) -> None:
         """Take over what another process made of a copy of this, unless the conversation has begun anew."""
         self._features |= other._features
         if self.conversation.key == other.conversation.key:

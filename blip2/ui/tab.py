@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.novelty import UnknownPictureError
+from blip2.errors import UnknownPictureError
 from blip2.ui.errors import EXPECTED, friendly
 from blip2.ui.session import Session
 from blip2.ui.words import note

@@ -7,12 +7,10 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.chat import Turn
-from blip2.generation import Generation
-from blip2.images import ImageError
-from blip2.novelty import UnknownPictureError
+from blip2.conversation import Turn
+from blip2.errors import ImageError, UnknownPictureError
 from blip2.presets import EMBEDDED
-from blip2.ui import tasks
+from blip2.settings import Generation
 from blip2.ui.errors import question
 from blip2.ui.files import held
 from blip2.ui.history import export, record
@@ -212,7 +210,7 @@ class ChatTab(Tab):
         turn, began = None, time.monotonic()
         with session.answering() as stop:
             yield self.busy(name) | {self.chatbot: asked, self.receipt: "", **begun}
-            task = (tasks.talk, [name], subject, text, generation, describe, index)
+            task = ("talk", [name], subject, text, generation, describe, index)
             for said in self.work.run(*task, stop=stop):
                 if isinstance(said, Turn):
                     turn = said

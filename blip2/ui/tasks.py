@@ -1,7 +1,8 @@
 """What the models are asked to do, each a function that yields as it goes.
 
 `blip2.ui.work` runs them, in this process or in one that has a GPU: what they are given and what they yield
-can be pickled, and what they change is the subject alone. No gradio in this file.
+can be pickled, and what they change is the subject alone. No gradio in this file,
+and no page waits for its import: it takes torch.
 """
 
 import queue
@@ -15,9 +16,10 @@ from torch import Tensor
 from blip2 import explain
 from blip2.chat import Chat, Conversation, Turn
 from blip2.checkpoint import Loaded
-from blip2.folder import Captioning, Failure, caption_pictures
+from blip2.folder import caption_pictures
 from blip2.generation import Generation, generate, num_descriptions
 from blip2.model import Blip2
+from blip2.pictures import Captioning, Failure
 from blip2.processing import Style
 from blip2.representation import Blip2Representation
 from blip2.sidecars import Entry, Sidecars

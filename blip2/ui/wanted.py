@@ -9,9 +9,9 @@ from gradio import component_meta
 from gradio.data_classes import ListFiles
 from gradio.exceptions import Error
 
-from blip2.folder import Captioning
-from blip2.generation import Generation
+from blip2.pictures import Captioning
 from blip2.presets import EMBEDDED, PRESETS
+from blip2.settings import Generation
 from blip2.sidecars import SIDECARS
 from blip2.ui.errors import question
 from blip2.ui.models import Models

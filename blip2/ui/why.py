@@ -1,18 +1,21 @@
 """The panel under the picture that looks into the last answer: its words' probabilities, and a map."""
 
+from __future__ import annotations
+
 import html
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from blip2 import explain
-from blip2.ui import tasks
 from blip2.ui.answers import Progress
 from blip2.ui.session import Session
 from blip2.ui.tab import Tab, Updates
 from blip2.ui.words import note
 from blip2.ui.work import Work
+
+if TYPE_CHECKING:
+    from blip2.explain import Token
 
 MAPS = [("Which parts mattered", "occlusion"), ("Where the queries looked", "attention")]
 SAYS = {
@@ -71,15 +74,17 @@ class Why(Tab):
         query: float | None,
     ) -> Iterator[Updates]:
         """Look into the last answer; yields what to change on the page."""
+        from blip2.explain import overlay
+
         session.look(*picture)
         answered, subject = session.answered, session.subject
         if answered is None:
             raise ValueError("There is no answer to look into yet: ask something first.")
 
         name, turn = answered.model, answered.turn
-        task: tuple[Any, ...] = (tasks.occlude, [name], subject, turn)
+        task: tuple[Any, ...] = ("occlude", [name], subject, turn)
         if kind == "attention":
-            task = (tasks.attend, [name], subject, turn, layer, query)
+            task = ("attend", [name], subject, turn, layer, query)
         found = None
         with session.answering() as stop:
             yield self.busy(name) | {self.caption: ""}
@@ -97,12 +102,12 @@ class Why(Tab):
             tokens, weights = found
             yield {
                 self.tokens: _tokens(tokens, turn.question),
-                self.map: gr.update(value=explain.overlay(subject.image(), weights), visible=True),
+                self.map: gr.update(value=overlay(subject.image(), weights), visible=True),
                 self.caption: f'<p class="fine-print">{SAYS[kind]}</p>',
             }
 
 
-def _tokens(tokens: list[explain.Token], question: str) -> str:
+def _tokens(tokens: list[Token], question: str) -> str:
     """HTML: each token with its probability as a bar, and what else might have been said."""
     rows = ""
     for token in tokens:

@@ -3,7 +3,7 @@
 import html
 import re
 
-from blip2.generation import Generation
+from blip2.settings import Generation
 
 SILENCE = "(the model said nothing)"
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blip2.devices import is_out_of_memory
-from blip2.generation import Generation
-from blip2.ui import tasks
+from blip2.settings import Generation
 from blip2.ui.answers import Progress
 from blip2.ui.errors import EXPECTED
 from blip2.ui.line import Line
@@ -26,10 +25,10 @@ LONGEST = 120  # seconds of GPU that a call may ask for
 
 @dataclass(frozen=True)
 class Call:
-    """A task (`blip2.ui.tasks`) and what it is given.
+    """A task and what it is given.
 
     Attributes:
-        task: the function.
+        task: a function of `blip2.ui.tasks`, by name, as to import them takes torch.
         names: of the models it works with.
         subject: what it is about.
         arguments: what else it takes, in its order.
@@ -37,7 +36,7 @@ class Call:
         kinds: of the models, see `Models.get`; all are to generate by default.
     """
 
-    task: Callable[..., Iterator[Any]]
+    task: str
     names: tuple[str, ...]
     subject: Subject
     arguments: tuple[Any, ...]
@@ -59,7 +58,7 @@ class Work:
 
     def run(
         self,
-        task: Callable[..., Iterator[Any]],
+        task: str,
         names: Sequence[str],
         subject: Subject,
         *arguments: Any,
@@ -122,7 +121,9 @@ class Work:
         kinds = call.kinds or ["generate"] * len(call.names)
         models = [self.models.get(name, kind) for name, kind in zip(call.names, kinds, strict=True)]
         if not call.stop.is_set():  # while they were loading
-            yield from call.task(models, call.subject, *call.arguments, call.stop)
+            from blip2.ui import tasks
+
+            yield from getattr(tasks, call.task)(models, call.subject, *call.arguments, call.stop)
 
     def _carried_out(self, call: Call) -> Iterator[Any]:
         """Runs in the process that has the GPU; errors are yielded: ZeroGPU keeps their names alone."""
@@ -135,9 +136,9 @@ class Work:
 
 def seconds(call: Call) -> int:
     """How long a call may take on ZeroGPU: one that asks for less waits less."""
-    if call.task is tasks.occlude:
+    if call.task == "occlude":
         return 60
-    if call.task is tasks.caption_all:
+    if call.task == "caption_all":
         return LONGEST
     tokens = 30
     for generation in call.arguments:
