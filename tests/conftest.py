@@ -77,13 +77,17 @@ def visit(app, browser):
 
     contexts, complaints, hosts = [], [], set()
 
+    def complain(text):
+        if "AbortError" not in text:  # gradio's client, of a request that a reload or a close ended
+            complaints.append(text)
+
     def open_page(url=app.url, **options):
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 800}} | options))
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(PATIENCE)
-        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda m: complain(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: complain(str(error)))
         page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
         page.goto(url)
         box(page).wait_for()

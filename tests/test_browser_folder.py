@@ -47,10 +47,11 @@ def set_number(page, label, value):
 
 def caption_all(page):
     """Press, and wait for the end; what the app says of it."""
-    button(page, "Caption all").click()
     line = page.locator("#folder-note")
-    expect(line).to_have_text(re.compile("captioned|All have captions"))
+    button(page, "Caption all").click()
+    page.wait_for_timeout(700)  # until it has begun: what was said before stands there still
     expect(button(page, "Caption all")).to_be_enabled()
+    expect(line).to_have_text(re.compile("captioned|All have captions"))
     return line.inner_text()
 
 
