@@ -25,10 +25,11 @@ from blip2.generation import Generation, generate
 from blip2.images import ImageError
 from blip2.model import Blip2
 from blip2.novelty import Novelty
+from blip2.pictures import Captioning
 from blip2.presets import PRESETS, Preset
 from blip2.processing import PromptError
 from blip2.ui import build, errors, history, launch, main, page
-from blip2.ui.answers import Background
+from blip2.ui.answers import Background, Progress
 from blip2.ui.caption import CaptionTab
 from blip2.ui.compare import VOTES, CompareTab, pair
 from blip2.ui.errors import friendly, question
@@ -41,6 +42,7 @@ from blip2.ui.picture import Picture
 from blip2.ui.serve import UsageError, is_loopback, may_be_local
 from blip2.ui.session import Session
 from blip2.ui.stop import Stop
+from blip2.ui.subject import Subject
 from blip2.ui.talk import ChatTab
 from blip2.ui.votes import Votes
 from blip2.ui.why import Why
@@ -362,6 +364,20 @@ def test_a_picture_is_encoded_once_in_five_turns(tabs, tmp_path, monkeypatch):
     for _ in range(5):
         list(tab.ask(visitor, (path, ""), "what color is it?", *settings(tab)))
     assert len(visitor.turns) == 5 and seen.read_text() == "x"
+
+
+def test_scores_and_many_captions(tabs, tmp_path):
+    """What no tab of the fixture does; in a forked process, too."""
+    work, paths = tabs[ChatTab].work, {name: Path(picture(tmp_path, n)) for n, name in enumerate("abc")}
+    scores = work.last(
+        "match", ["scenes-itm"], Subject.of_file(str(paths["a"])), ["a star", "a cat"], stop=Stop(),
+        kinds=["match"],
+    )  # fmt: skip
+    assert [len(pair) for pair in scores] == [2, 2] and all(0 <= match <= 1 for match, _ in scores)
+    task = ("caption_all", ["scenes-opt", "scenes-itm"], Subject(), paths, None, Captioning(batch_size=2))
+    said = [item for item in work.run(*task, stop=Stop(), kinds=["generate", "match"])
+            if not isinstance(item, Progress)]  # fmt: skip
+    assert [entry.image for entry in said] == ["a", "b", "c"] and all(entry.match for entry in said)
 
 
 def test_a_failing_model_leaves_the_conversation_as_it_was(tabs, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from blip2.ui.stop import Stop
 
-GLANCE = 0.25  # seconds between two looks at the line
+GLANCE = 1  # seconds after which one who waits is told again, and may be found to have left
 
 
 class Line:
@@ -35,7 +35,7 @@ class Line:
                 self._moved.notify_all()
 
     def wait(self, ticket: object, stop: Stop) -> Iterator[int]:
-        """Wait for a place, or until `stop` is set; yields the place in line, 1 the next, again and again."""
+        """Wait for a place, or until `stop` is set; yields the place in line, 1 the next, as it changes."""
         while not stop.is_set():
             with self._moved:
                 place = max(0, self._tickets.index(ticket) + 1 - self.places)
