@@ -66,11 +66,11 @@ def test_real_phases_name_what_there_is():
 @pytest.mark.parametrize("name, least", [("scenes-opt", 0.9), ("scenes-flan-t5", 0.7)])
 def test_questions_are_answered_from_the_right_picture(name, least):
     loaded = load(name)
-    figures = evaluate.answers(loaded, 48, "validation", described=loaded.model.config.num_descriptions)
-    below = evaluate.baselines(loaded, 48, "validation")
+    figures = evaluate.answers(loaded, 32, "validation", described=loaded.model.config.num_descriptions)
+    below = evaluate.baselines(loaded, 32, "validation")
     assert figures["color"] > least > 0.35 > below["wrong picture"]["color"]
     assert below["blind"]["color"] < 0.35 and below["true text"]["color"] > 0.9
-    assert evaluate.answers(loaded, 48, "validation")["color"] > least - 0.2
+    assert evaluate.answers(loaded, 32, "validation")["color"] > least - 0.2
 
 
 def test_captions_name_what_is_there():

@@ -738,7 +738,7 @@ def test_curl_is_answered(server, tmp_path):
 def test_uploads_go_within_the_hour(server, assets, tmp_path, monkeypatch):
     assert server[1].delete_cache == DELETE_CACHE and sum(DELETE_CACHE) <= 3600
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "cache"))  # the same, with seconds for the hour
-    monkeypatch.setattr(page, "DELETE_CACHE", (1, 5))
+    monkeypatch.setattr(page, "DELETE_CACHE", (1, 3))
     demo = build(local=False)
     visitor = Session()
     visitor.look(picture(tmp_path, 7))
