@@ -49,6 +49,22 @@ def _offline(request, monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
 
+@pytest.fixture(scope="module")
+def assets(tmp_path_factory):
+    """Tiny random models under the names of the embedded ones."""
+    from serving import tiny_checkpoints
+
+    from blip2.presets import Preset
+
+    folder = tmp_path_factory.mktemp("assets")
+    tiny_checkpoints(folder)
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Preset, "folder", property(lambda self: None if self.repo_id else folder / self.name))
+    patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+    yield folder
+    patch.undo()
+
+
 # --- the app in Chromium: one for all browser tests, on tiny random models whose tokens are slowed down ---
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hub import Hub, point_to
 from huggingface_hub import constants
-from serving import tiny_checkpoints
 from test_ui import picture
 
 from blip2 import checkpoint, devices
@@ -21,7 +20,7 @@ from blip2.cli import main
 from blip2.devices import Memory
 from blip2.download import download
 from blip2.generation import Generation
-from blip2.presets import PRESETS, Preset, best, room
+from blip2.presets import PRESETS, best, room
 from blip2.ui import build, cards, fitting
 from blip2.ui.cards import join, split
 from blip2.ui.compare import pair
@@ -39,15 +38,7 @@ STEPS = 80
 LONG = {"method": "nucleus", "temperature": 2.0, "seed": 1, "min_new_tokens": 12, "max_new_tokens": 12}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def assets(tmp_path_factory):
-    """Tiny random models under the names of the embedded ones."""
-    folder = tmp_path_factory.mktemp("assets")
-    tiny_checkpoints(folder)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(Preset, "folder", property(lambda self: None if self.repo_id else folder / self.name))
-    yield folder
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("assets")
 
 
 @pytest.fixture

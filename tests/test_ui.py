@@ -18,7 +18,7 @@ import zerogpu
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from PIL import Image
-from serving import TINY, tiny_checkpoints
+from serving import TINY
 
 from blip2.chat import Turn
 from blip2.generation import Generation, generate
@@ -26,7 +26,7 @@ from blip2.images import ImageError
 from blip2.model import Blip2
 from blip2.novelty import Novelty
 from blip2.pictures import Captioning
-from blip2.presets import PRESETS, Preset
+from blip2.presets import PRESETS
 from blip2.processing import PromptError
 from blip2.ui import build, errors, history, launch, main, page
 from blip2.ui.answers import Background, Progress
@@ -49,17 +49,7 @@ from blip2.ui.why import Why
 from blip2.ui.words import SILENCE, note, plain, receipt
 from blip2.ui.work import Work
 
-
-@pytest.fixture(scope="module", autouse=True)
-def assets(tmp_path_factory):
-    """Tiny random models under the names of the embedded ones."""
-    folder = tmp_path_factory.mktemp("assets")
-    tiny_checkpoints(folder)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(Preset, "folder", property(lambda self: None if self.repo_id else folder / self.name))
-    patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-    yield folder
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("assets")
 
 
 def picture(tmp_path, seed: int) -> str:

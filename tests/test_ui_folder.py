@@ -15,14 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from serving import tiny_checkpoints
 
 from blip2.folder import caption_pictures
 from blip2.generation import Generation, generate
 from blip2.model import Blip2
 from blip2.novelty import Novelty
 from blip2.pictures import Captioning, Failure
-from blip2.presets import Preset
 from blip2.sidecars import Entry, Sidecars
 from blip2.ui import build, launch
 from blip2.ui import pile as piles
@@ -37,16 +35,7 @@ EVIL = "<img src=x onerror=alert(1)>.png"
 START = "a photo of"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def assets(tmp_path_factory):
-    """Tiny random models under the names of the embedded ones."""
-    folder = tmp_path_factory.mktemp("assets")
-    tiny_checkpoints(folder)
-    patch = pytest.MonkeyPatch()
-    patch.setattr(Preset, "folder", property(lambda self: None if self.repo_id else folder / self.name))
-    patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-    yield folder
-    patch.undo()
+pytestmark = pytest.mark.usefixtures("assets")
 
 
 @pytest.fixture(scope="module")

@@ -223,7 +223,7 @@ class FolderTab(Tab):
         done: list[Row] = []
         start, shown = time.monotonic(), 0
         names = [name, *([settings.scorer] if settings.scorer else [])]
-        with pile.working() as stop:
+        with pile.answering() as stop:
             yield self.busy(name) | self._table(pile)
             for batch in _portions(rows, BATCHES * wanted.batch_size):  # others are served in between
                 paths = {row.image: row.path for row in batch}

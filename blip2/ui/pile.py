@@ -8,8 +8,7 @@ import io
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path, PurePosixPath
@@ -18,7 +17,7 @@ from typing import Any
 from blip2.errors import ImageError
 from blip2.pictures import Captioning, Failure, find_pictures, open_picture
 from blip2.sidecars import SIDECARS, Entry, FolderError, IfExists, Sidecars, Table, worst_match, zip_sidecars
-from blip2.ui.stop import Stop
+from blip2.ui.stop import Answering
 
 MAX_PICTURES = 500  # that a visitor of a public server may drop
 MAX_BYTES = 1_000_000_000  # of them all
@@ -70,7 +69,7 @@ class Settings:
         object.__setattr__(self, "wanted", replace(self.wanted, batch_size=1, force=False))
 
 
-class Pile:
+class Pile(Answering):
     """Pictures, and what is known of them, in the order in which it became known.
 
     Attributes:
@@ -81,6 +80,7 @@ class Pile:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.rows: dict[Path, Row] = {}
         self.shown: dict[int, Row] = {}
         self.page = 0
@@ -89,7 +89,6 @@ class Pile:
         self._worst_first = False
         self._thumbnails: dict[int, str] = {}
         self._ids = count(1)
-        self._stop = Stop()
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: Any) -> "Pile":
@@ -157,20 +156,6 @@ class Pile:
         self._thumbnails = {}
 
     # --- captions ---
-
-    @contextmanager
-    def working(self) -> Iterator[Stop]:
-        """Begin a run, ending one still under way; yields what asks it to stop."""
-        self.stop()
-        stop = self._stop = Stop()
-        try:
-            yield stop
-        finally:
-            stop.set()
-
-    def stop(self) -> None:
-        """End the run under way within one token."""
-        self._stop.set()
 
     def plan(
         self, settings: Settings, out: Sidecars | None, *, first: int | None = None, anyway: bool = False

@@ -4,13 +4,11 @@ A `Session` lives in a `gr.State`, one for each open page; nothing here is share
 models. No gradio in this file.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from blip2.conversation import Conversation, Turn
-from blip2.ui.stop import Stop
+from blip2.ui.stop import Answering
 from blip2.ui.subject import Subject
 
 
@@ -22,7 +20,7 @@ class Answered:
     turn: Turn
 
 
-class Session:
+class Session(Answering):
     """What one visitor has open.
 
     Attributes:
@@ -36,13 +34,13 @@ class Session:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.model: str | None = None
         self.subject = Subject()
         self.left: list[Turn] = []
         self.answered: Answered | None = None
         self.compared: dict[str, Any] | None = None
         self.votes: dict[str, int] = {}
-        self._stop = Stop()
 
     def __deepcopy__(self, memo: Any) -> "Session":
         """Gradio copies the initial state for every visitor: each starts afresh."""
@@ -92,20 +90,3 @@ class Session:
         """Keep an answer, to be looked into."""
         self.left = []
         self.answered = Answered(model, turn) if turn.answer else None
-
-    def stop(self) -> None:
-        """End the answer under way within one token."""
-        self._stop.set()
-
-    @contextmanager
-    def answering(self) -> Iterator[Stop]:
-        """Begin an answer, ending one still under way; yields what asks it to stop.
-
-        Whatever ends the block, a closed page included, decoding ends.
-        """
-        self.stop()
-        stop = self._stop = Stop()
-        try:
-            yield stop
-        finally:
-            stop.set()

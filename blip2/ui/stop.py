@@ -3,6 +3,8 @@
 import os
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +51,27 @@ class Stop:
         self._file = state["file"]
         if state["set"]:
             self._event.set()
+
+
+class Answering:
+    """One visitor's answers, or runs, of which at most one is under way."""
+
+    def __init__(self) -> None:
+        self._stop = Stop()
+
+    def stop(self) -> None:
+        """End the one under way within one token."""
+        self._stop.set()
+
+    @contextmanager
+    def answering(self) -> Iterator[Stop]:
+        """Begin one, ending one still under way; yields what asks it to stop.
+
+        Whatever ends the block, a closed page included, decoding ends.
+        """
+        self.stop()
+        stop = self._stop = Stop()
+        try:
+            yield stop
+        finally:
+            stop.set()
