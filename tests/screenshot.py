@@ -1,4 +1,4 @@
-"""Take the README's picture of the app: `python tests/screenshot.py docs/app.png [dark] [compare] ...`."""
+"""Take the README's pictures of the app: `python tests/screenshot.py docs/app.png [dark] [compare] ...`."""
 
 import shutil
 import sys
@@ -44,6 +44,17 @@ def main() -> None:
             ).wait_for()
         for tab in {"caption", "instruct"} & set(words):
             page.get_by_role("tab", name=tab.title()).click()
+        if "why" in words:
+            page.get_by_role("button", name="Why this answer?").click()
+            page.get_by_role("button", name="Look into it").click()
+            page.locator("#tokens table").wait_for()
+        if "folder" in words:
+            page.get_by_role("tab", name="Folder").click()
+            pictures = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.png"))
+            page.locator("#folder-files input[type=file]").set_input_files(pictures)
+            page.get_by_text(f"{len(pictures)} pictures.").wait_for()
+            page.get_by_role("button", name="Caption all").click()
+            page.get_by_text("pictures captioned").wait_for()
         if "caption" in words:
             page.get_by_role("button", name="Caption the picture").click()
             page.locator("ol.captions li").first.wait_for()
@@ -55,7 +66,7 @@ def main() -> None:
         page.mouse.move(0, 0)
         page.wait_for_timeout(600)  # for gradio's fades
         path.parent.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=path, full_page=phone or "full" in words)
+        page.screenshot(path=path, full_page="full" in words)
         browser.close()
 
 

@@ -361,7 +361,12 @@ class Models:
         names = [preset.name for preset in PRESETS.values() if preset.kind == "generate" and preset.repo_id]
         served = [name for name in self.only or () if split(name)[0] in names]
         name = self.default if split(self.default)[0] in names else [*served, *names][0]
-        if self.local or served or name == self.default:
+        if self.local:
+            return (
+                "Choose a released model above, get the best one for this machine, or have an answer all the "
+                "same."
+            )
+        if served or name == self.default:
             return (
                 f"Choose a released model above, such as {self._label(name)}, or have an answer all the same."
             )
