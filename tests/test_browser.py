@@ -157,8 +157,13 @@ def test_new_picture_begins_a_new_chat(visit, tmp_path):
     expect(replies(page)).to_have_count(0)
     ask(page, "is there a star?")
     expect(page.locator("#chat-receipt code")).to_have_text("Question: is there a star? Answer:")
-    page.locator("#examples").get_by_role("button").nth(1).click()
-    expect(page.locator("#chat-note")).to_have_text("New picture: a new chat begins.")
+    page.locator("#examples").get_by_role("button").nth(1).click()  # which asks its own question
+    expect(page.locator("#chat-receipt code")).to_have_text("Question: how many things are there? Answer:")
+    expect(replies(page)).to_have_count(1)
+    page.get_by_role("tab", name="Caption").click()
+    page.locator("#examples").get_by_role("button").nth(2).click()  # but not where the chat is not open
+    page.get_by_role("tab", name="Chat").click()
+    expect(replies(page)).to_have_count(0)
 
 
 def test_bad_uploads_get_a_sentence_each(visit, tmp_path):

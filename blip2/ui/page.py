@@ -53,7 +53,7 @@ def page(work: Work, votes: Votes) -> gr.Blocks:
                 earlier = history.panel()
             with gr.Column(scale=7, min_width=320, elem_id="ask"), gr.Tabs():
                 with gr.Tab("Chat", id="chat"):
-                    chat = ChatTab(work, state, box.picture, earlier)
+                    chat = ChatTab(work, state, box.picture, earlier, box.picked)
                 with gr.Tab("Caption", id="caption", render_children=True):
                     caption = CaptionTab(work, state, box.picture)
                 with gr.Tab("Instruct", id="instruct", render_children=True):

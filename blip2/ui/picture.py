@@ -47,7 +47,10 @@ class PictureBox:
     Attributes:
         picture: the component; its value as a handler's input is (path, name).
         note: the line.
+        picked: the event that an example was picked; None without examples.
     """
+
+    picked: Any = None
 
     def __init__(self) -> None:
         files = examples()
@@ -88,7 +91,7 @@ class PictureBox:
         def pick(event: gr.SelectData) -> str:
             return str(files[event.index])
 
-        gallery.select(
+        self.picked = gallery.select(
             pick, None, self.picture, queue=False, show_progress="hidden", api_visibility="private"
         )
 

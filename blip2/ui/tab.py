@@ -1,7 +1,7 @@
 """What the tabs have in common: a button that asks, one that stops, a line for what the app has to say."""
 
 from collections.abc import Callable, Iterator
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import gradio as gr
@@ -45,18 +45,19 @@ class Tab:
 
     def wire(
         self,
-        triggers: list[Any],
+        triggers: Any,
         run: Callable[..., Iterator[Updates]],
         inputs: list[Any],
         outputs: list[Any],
+        js: str | None = None,
     ) -> None:
-        """Let triggers start `run`, which yields updates; Stop ends it.
+        """Let triggers, a list of them or the end of another event, start `run`, which yields; Stop ends it.
 
         The stop is an event of its own, not gradio's cancelling: the run sees it within a token, ends by
         itself, and leaves the page in order.
         """
-        event = gr.on(
-            triggers,
+        listen = partial(gr.on, triggers) if isinstance(triggers, list) else triggers
+        event = listen(
             self.guarded(run),
             [self.state, self.picture, *inputs],
             [self.go, self.halt, self.note, self.choice, *outputs],
@@ -64,6 +65,7 @@ class Tab:
             concurrency_id="model",
             concurrency_limit=AT_ONCE,
             api_visibility="private",
+            js=js,
         )
         # what is left are bugs: without this the page would stay locked
         event.failure(self.failed, self.state, [self.go, self.halt, self.note, *outputs], **QUIET)

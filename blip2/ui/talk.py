@@ -3,6 +3,7 @@
 import html
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -21,6 +22,9 @@ from blip2.ui.words import SILENCE, counted, note, plain, receipt, settings_text
 from blip2.ui.work import Work
 
 DRAWN = ("how many things are there?", "what color is the circle?", "is there a star?")
+# the open tab in place of the third value
+OPEN_TAB = """(state, picture, tab, ...rest) =>
+  [state, picture, document.querySelector("#ask [role=tab][aria-selected=true]")?.innerText ?? "", ...rest]"""
 PHOTO = ("what is in the picture?", "where was it taken?", "what could happen next?")
 
 
@@ -29,9 +33,10 @@ class ChatTab(Tab):
 
     Args:
         history: of `blip2.ui.history.panel`; told of every answer.
+        picked: the event that an example picture was picked; its question is asked.
     """
 
-    def __init__(self, work: Work, state: gr.State, picture: gr.Image, history: gr.HTML):
+    def __init__(self, work: Work, state: gr.State, picture: gr.Image, history: gr.HTML, picked: Any = None):
         super().__init__(work, state, picture)
         self.history = history
         self.chatbot = gr.Chatbot(
@@ -83,6 +88,10 @@ class ChatTab(Tab):
         for button in self.suggestions:
             self.wire([button.click], self.ask, [button, *self.parameters.inputs], [self.box, *outputs])
         self.wire([self.again.click], self.regenerate, self.parameters.inputs, outputs)
+        if picked is not None:
+            tab = gr.Textbox(visible=False)  # which the page fills in
+            asked = [tab, *self.parameters.inputs]
+            self.wire(picked.success, self.ask_example, asked, [self.box, *outputs], js=OPEN_TAB)
         self.wire([self.chatbot.edit], self.edit, self.parameters.inputs, outputs)
         self.wire_stop()
         said = [self.note, self.choice, self.keep]
@@ -140,6 +149,14 @@ class ChatTab(Tab):
         except UnknownPictureError:
             yield {self.box: text}  # to be sent again, to another model or to this one all the same
             raise
+
+    def ask_example(
+        self, session: Session, picture: tuple[str | None, str], tab: str, *values: Any
+    ) -> Iterator[Updates]:
+        """Ask about an example that was picked, if the visitor has this tab open."""
+        if tab == "Chat":
+            drawn = Path(picture[1]).name.startswith("scene")
+            yield from self.ask(session, picture, (DRAWN if drawn else PHOTO)[0], *values)
 
     def regenerate(
         self, session: Session, picture: tuple[str | None, str], *values: Any
