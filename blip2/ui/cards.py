@@ -3,7 +3,7 @@
 import html
 from pathlib import Path
 
-from blip2.devices import accelerator_memory, choose_device, device_name, main_memory
+from blip2.devices import accelerator_memory, choose_device, device_name, main_memory, why_not_quantized
 from blip2.presets import EMBEDDED, PRECISIONS, PRESETS, Preset
 
 WORLD = "nine colors, eight shapes, two sizes"
@@ -74,6 +74,8 @@ def card(name: str, local: bool) -> str:
     from blip2.checkpoint import is_available
 
     here = [("This machine", machine())] if local else []
+    if local and (why := why_not_quantized()):
+        here.append(("Precision", why))
     try:
         base, precision = split(name)
     except ValueError:
