@@ -43,7 +43,6 @@ from blip2.ui.serve import UsageError, is_loopback, may_be_local
 from blip2.ui.session import Session
 from blip2.ui.stop import Stop
 from blip2.ui.subject import Subject
-from blip2.ui.tab import cumulative
 from blip2.ui.talk import ChatTab
 from blip2.ui.votes import Votes
 from blip2.ui.why import Why
@@ -369,24 +368,6 @@ def test_scores_and_many_captions(tabs, tmp_path):
     said = [item for item in work.run(*task, stop=Stop(), kinds=["generate", "match"])
             if not isinstance(item, Progress)]  # fmt: skip
     assert [entry.image for entry in said] == ["a", "b", "c"] and all(entry.match for entry in said)
-
-
-def test_no_update_is_lost_to_a_later_one(tabs, tmp_path):
-    """A page that applies the last update alone shows the answer, and can be asked again."""
-    tab, typed, visitor = tabs[InstructTab], gr.Textbox(), Session()
-    words = ["what?", "auto", *settings(tab)]
-    *_, final = cumulative(tab.guarded(tab.run))(visitor, (picture(tmp_path, 1), ""), *words)
-    assert final[tab.go]["interactive"] and final[tab.halt]["visible"] is False
-    assert final[tab.answer]["value"] and "Sent to" in final[tab.receipt]["value"]
-
-    def run():
-        yield {typed: "", tab.note: "one"}
-        yield {tab.go: gr.update(visible=False)}
-        yield {tab.go: gr.update(interactive=True), tab.note: gr.skip()}
-
-    first, second, third = cumulative(run, typed)()
-    assert first[typed]["value"] == "" and typed not in second  # the visitor may be typing again
-    assert third[tab.go] == gr.update(visible=False, interactive=True) and third[tab.note]["value"] == "one"
 
 
 def test_a_failing_model_leaves_the_conversation_as_it_was(tabs, tmp_path, monkeypatch):

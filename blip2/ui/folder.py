@@ -18,7 +18,7 @@ from blip2.ui.parameters import Parameters
 from blip2.ui.pile import RECURSIVE, Pile, Row, Settings
 from blip2.ui.session import Session
 from blip2.ui.subject import Subject
-from blip2.ui.tab import AT_ONCE, QUIET, Tab, Updates, cumulative
+from blip2.ui.tab import AT_ONCE, QUIET, Tab, Updates
 from blip2.ui.wanted import Files, Options
 from blip2.ui.words import counted, note
 from blip2.ui.work import Work
@@ -114,7 +114,7 @@ class FolderTab(Tab):
         """As `Tab.wire`, but without the page's picture."""
         outputs = [self.go, self.preview, self.halt, self.note, self.choice, self.table, self.after]
         event = button.click(
-            cumulative(self.guarded(run)),
+            self.guarded(run),
             [self.state, *values],
             outputs,
             show_progress="hidden",

@@ -58,7 +58,7 @@ class Tab:
         """
         listen = partial(gr.on, triggers) if isinstance(triggers, list) else triggers
         event = listen(
-            cumulative(self.guarded(run), getattr(self, "box", None)),
+            self.guarded(run),
             [self.state, self.picture, *inputs],
             [self.go, self.halt, self.note, self.choice, *outputs],
             show_progress="hidden",
@@ -137,30 +137,3 @@ class Tab:
     def cleared(self) -> Updates:
         """The tab as for a new picture or model."""
         return {self.note: "", self.choice: gr.update(visible=False)}
-
-
-def cumulative(run: Callable[..., Iterator[Updates]], typed: Any = None) -> Callable[..., Iterator[Updates]]:
-    """`run`, each of its updates with all that came before.
-
-    Of updates in quick succession the page may apply the last alone, and would stay locked, or without the
-    answer.
-
-    Args:
-        run: yields updates.
-        typed: a component that visitors type into meanwhile, so that what it was told is not told again.
-    """
-
-    @wraps(run)
-    def attempt(*values: Any) -> Iterator[Updates]:
-        told: dict[Any, dict[str, Any]] = {}
-        for updates in run(*values):
-            for component, value in updates.items():
-                known = isinstance(value, dict) and value.get("__type__") == "update"
-                told[component] = {
-                    **told.get(component, gr.update()),
-                    **(value if known else {"value": value}),
-                }
-            yield told.copy()
-            told.pop(typed, None)
-
-    return attempt

@@ -248,7 +248,7 @@ class ChatTab(Tab):
             f"{time.monotonic() - began:.1f} s",
         ]
         remark = _remark(turn, last, generation, self.work.unknown_words(name, text))
-        yield {
+        yield self.idle(session) | {  # again: of updates right after one another one may get lost
             self.note: note("Stopped." if stopped else remark),
             self.history: self._record(session),
             self.receipt: receipt(name, turn.prompt, facts),
