@@ -54,13 +54,13 @@ class CaptionTab(Tab):
                 else:
                     yield {self.note: note(said.doing)}
             stopped = stop.is_set()
-        yield self.idle(session)
-        if session.subject is not subject:
-            return  # the visitor has moved on to another picture or model
-        yield {self.note: note("Stopped." if stopped else "")}
-        if captions is not None:
-            facts = [settings_text(generation), f"{time.monotonic() - start:.1f} s"]
-            yield {self.captions: _list(captions), self.receipt: receipt(name, prompt, facts)}
+        last = self.idle(session)
+        if session.subject is subject:  # else the visitor has moved on to another picture or model
+            last |= {self.note: note("Stopped." if stopped else "")}
+            if captions is not None:
+                facts = [settings_text(generation), f"{time.monotonic() - start:.1f} s"]
+                last |= {self.captions: _list(captions), self.receipt: receipt(name, prompt, facts)}
+        yield last
 
 
 def _list(captions: list[str]) -> str:

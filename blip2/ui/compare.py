@@ -117,6 +117,7 @@ class CompareTab(Tab):
             raise ValueError("There are two models to choose: A or B is empty.")
         subject, style = session.subject, "raw" if same else None
         turns: dict[int, Turn] = {}
+        finished: Updates = {}
         start = time.monotonic()
         with session.answering() as stop:
             empty = dict.fromkeys((*self.answers, *self.receipts), "")
@@ -130,25 +131,30 @@ class CompareTab(Tab):
                 side, said = item
                 if isinstance(said, BaseException):
                     self.work.relieve(said, [names[side]])
-                    yield {self.receipts[side]: note(friendly(said), "error")}
+                    finished |= {self.receipts[side]: note(friendly(said), "error")}
+                    yield finished
                 elif isinstance(said, Turn):
                     turns[side] = said
-                    yield self._finished(side, names[side], said, generation, time.monotonic() - start)
+                    seconds = time.monotonic() - start
+                    finished |= self._finished(side, names[side], said, generation, seconds)
+                    yield finished
                 else:
                     yield {self.answers[side]: said.text, self.note: note(said.doing)}
             stopped = stop.is_set()
-        yield self.idle(session)
+        last = self.idle(session)
         if session.subject is not subject:
+            yield last
             return  # the visitor has moved on to another picture
         unknown = dict.fromkeys(self.work.unknown_words(name, text) for name in names)
-        yield {self.note: note("Stopped." if stopped else " ".join(unknown).strip())}
+        last |= finished | {self.note: note("Stopped." if stopped else " ".join(unknown).strip())}
         if len(turns) == 2 and not stopped:
             sides = {
                 side: {"model": names[which], "prompt": turns[which].prompt, "answer": turns[which].answer}
                 for which, side in enumerate(SIDES)
             }
             session.compared = {"question": text, "settings": asdict(generation), **sides}
-            yield self._votable(True)
+            last |= self._votable(True)
+        yield last
 
     def _finished(self, side: int, name: str, turn: Turn, generation: Generation, seconds: float) -> Updates:
         facts = [settings_text(generation), counted(turn.num_tokens, "token"), f"{seconds:.1f} s"]

@@ -85,11 +85,13 @@ class InstructTab(Tab):
                 else:
                     yield {self.answer: said.text, self.note: note(said.doing)}
             stopped = stop.is_set()
-        yield self.idle(session)
+        last = self.idle(session)
         if session.subject is not subject:
+            yield last
             return  # the visitor has moved on to another picture or model
-        yield {self.note: note("Stopped." if stopped else self.work.unknown_words(name, text))}
+        last |= {self.note: note("Stopped." if stopped else self.work.unknown_words(name, text))}
         if turn is None:  # stopped while the model was loading
+            yield last
             return
         session.remember(name, turn)
         facts = [
@@ -97,4 +99,4 @@ class InstructTab(Tab):
             counted(turn.num_tokens, "token"),
             f"{time.monotonic() - start:.1f} s",
         ]
-        yield {self.answer: turn.answer or SILENCE, self.receipt: receipt(name, turn.prompt, facts)}
+        yield last | {self.answer: turn.answer or SILENCE, self.receipt: receipt(name, turn.prompt, facts)}

@@ -235,11 +235,13 @@ class ChatTab(Tab):
                 answer = [{"role": "assistant", "content": plain(said.text)}] if said.text else []
                 yield {self.chatbot: [*asked, *answer], self.note: note(said.doing)}
             stopped = stop.is_set()
-        yield self.idle(session)
+        done = self.idle(session)
         if session.subject is not subject:
+            yield done
             return  # the visitor has moved on to another picture or model
-        yield {self.chatbot: _messages(session.turns), self.note: note("Stopped." if stopped else "")}
+        done |= {self.chatbot: _messages(session.turns), self.note: note("Stopped." if stopped else "")}
         if turn is None:  # stopped while the model was loading
+            yield done
             return
         session.remember(name, turn)
         facts = [
@@ -248,7 +250,7 @@ class ChatTab(Tab):
             f"{time.monotonic() - began:.1f} s",
         ]
         remark = _remark(turn, last, generation, self.work.unknown_words(name, text))
-        yield self.idle(session) | {  # again: of updates right after one another one may get lost
+        yield done | {  # all at once: of updates right after one another a page may lose one
             self.note: note("Stopped." if stopped else remark),
             self.history: self._record(session),
             self.receipt: receipt(name, turn.prompt, facts),

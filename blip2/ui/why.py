@@ -94,17 +94,19 @@ class Why(Tab):
                 else:
                     found = said
             stopped = stop.is_set()
-        yield self.idle(session)
+        last = self.idle(session)
         if session.subject is not subject:
+            yield last
             return  # the visitor has moved on to another picture or model
-        yield {self.note: note("Stopped: the map is not whole." if stopped else "")}
+        last |= {self.note: note("Stopped: the map is not whole." if stopped else "")}
         if found is not None:
             tokens, weights = found
-            yield {
+            last |= {
                 self.tokens: _tokens(tokens, turn.question),
                 self.map: gr.update(value=overlay(subject.image(), weights), visible=True),
                 self.caption: f'<p class="fine-print">{SAYS[kind]}</p>',
             }
+        yield last
 
 
 def _tokens(tokens: list[Token], question: str) -> str:
