@@ -12,11 +12,12 @@ from blip2.cli.models import (
     check_question,
     default_model,
     encode,
+    framed,
     generation,
     load_model,
     note_unknown_words,
 )
-from blip2.generation import Generation, describe, generate, num_descriptions
+from blip2.generation import Generation, generate
 from blip2.images import ImageError, open_image
 from blip2.model import Blip2
 from blip2.novelty import UnknownPictureError
@@ -74,10 +75,7 @@ def ask(args: argparse.Namespace, console: Console) -> int:
     assert isinstance(loaded.model, Blip2)
     features = encode(loaded, image, args.image, args)
     note_unknown_words(loaded.processor, args.question, loaded.name, console)
-    style = args.style or loaded.processor.question_style
-    captions = 0 if style == "raw" else num_descriptions(loaded.model, args.describe)
-    [description] = describe(loaded.model, loaded.processor, features, captions)
-    prompt = loaded.processor.prompt(args.question, style, description=description)
+    prompt = framed(loaded, features, args)
     answers = _generate(loaded, features, prompt, settings)
     if not any(answers):
         console.note("the model answered with nothing")

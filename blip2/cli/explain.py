@@ -14,13 +14,15 @@ from blip2.cli.models import (
     check_question,
     default_model,
     encode,
+    framed,
     generation,
     load_model,
     note_unknown_words,
 )
-from blip2.generation import Generation, describe, generate, num_descriptions
+from blip2.generation import Generation, generate
 from blip2.images import open_image
 from blip2.model import Blip2
+from blip2.vision import ImageFeatures
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -34,10 +36,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     assert isinstance(loaded.model, Blip2)
     features = encode(loaded, picture, args.image, args)
     note_unknown_words(loaded.processor, args.question, loaded.name, console)
-    style = args.style or loaded.processor.question_style
-    captions = 0 if style == "raw" else num_descriptions(loaded.model, args.describe)
-    [description] = describe(loaded.model, loaded.processor, features, captions)
-    prompt = loaded.processor.prompt(args.question, style, description=description)
+    prompt = framed(loaded, features, args)
     [[answer, *_]] = generate(
         loaded.model, loaded.processor, features, prompt, settings, questions=[args.question]
     )
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "tokens": [vars(token) for token in tokens],
     }
     if args.out:
-        weights = _map(loaded, picture, prompt, answer, args)
+        weights = _map(loaded, picture, features, prompt, answer, args)
         explain.overlay(picture, weights).save(args.out)
         document |= {"map": weights.tolist(), "out": args.out}
     console.show(document, [answer, "", *table(("probability", "token", "otherwise"), lines)])
@@ -64,7 +63,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _map(
-    loaded: Loaded, picture: Image.Image, prompt: str, answer: str, args: argparse.Namespace
+    loaded: Loaded,
+    picture: Image.Image,
+    features: ImageFeatures,
+    prompt: str,
+    answer: str,
+    args: argparse.Namespace,
 ) -> torch.Tensor:
     """Float (rows, columns), as --map wants it.
 
@@ -77,7 +81,6 @@ def _map(
             return explain.occlusion(
                 loaded.model, loaded.processor, picture, prompt, answer, args.question, args.grid
             )
-        features = loaded.model.encode_image(loaded.processor.images(picture).to(loaded.device))
         question = loaded.processor.question(args.question)
         attention = explain.query_attention(
             loaded.model, features, {name: ids.to(loaded.device) for name, ids in question.items()}

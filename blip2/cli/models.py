@@ -11,7 +11,7 @@ from PIL import Image
 from blip2.checkpoint import CheckpointError, Loaded, is_available, load, locate
 from blip2.cli.console import Console, UsageError
 from blip2.devices import choose_device, device_advice
-from blip2.generation import Generation
+from blip2.generation import Generation, describe, num_descriptions
 from blip2.model import Blip2
 from blip2.novelty import UnknownPictureError
 from blip2.presets import DEFAULT, PRESETS, Preset, resolve
@@ -135,6 +135,15 @@ def encode(loaded: Loaded, image: Image.Image, source: str, args: argparse.Names
             f"{loaded.name} answer all the same"
         ) from None
     return features
+
+
+def framed(loaded: Loaded, features: ImageFeatures, args: argparse.Namespace) -> str:
+    """The prompt that asks args.question, after the description that --describe or the model wants."""
+    assert isinstance(loaded.model, Blip2)
+    style = args.style or loaded.processor.question_style
+    captions = 0 if style == "raw" else num_descriptions(loaded.model, args.describe)
+    [description] = describe(loaded.model, loaded.processor, features, captions)
+    return loaded.processor.prompt(args.question, style, description=description)
 
 
 def _refuse_kind(name: str, kind: Kind) -> None:

@@ -13,28 +13,42 @@ from blip2.ui.stop import Stop
 T = TypeVar("T")
 
 
-class Background(Generic[T]):
-    """A function run in a thread, so that the page can be told how long it has been going.
+class Outcome(Generic[T]):
+    """What a function came to, in whatever thread it ran."""
 
-    Leaving the iteration early, as when a page is closed, sets `stop`.
-    """
-
-    def __init__(self, function: Callable[[], T], stop: Stop):
-        self._function, self._stop = function, stop
+    def __init__(self) -> None:
         self._done = threading.Event()
         self._outcome: list[T] = []
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, daemon=True).start()
 
-    def _run(self) -> None:
+    def settle(self, function: Callable[[], T]) -> None:
+        """Run the function, in this thread."""
         try:
-            self._outcome.append(self._function())
+            self._outcome.append(function())
         except BaseException as error:
             self._error = error
             if not isinstance(error, Exception):
                 raise
         finally:
             self._done.set()
+
+    def result(self) -> T:
+        """What the function returned; what it raised is raised here."""
+        if self._error is not None:
+            raise self._error
+        return self._outcome[0]
+
+
+class Background(Outcome[T]):
+    """A function run in a thread, so that the page can be told how long it has been going.
+
+    Leaving the iteration early, as when a page is closed, sets `stop`.
+    """
+
+    def __init__(self, function: Callable[[], T], stop: Stop):
+        super().__init__()
+        self._stop = stop
+        threading.Thread(target=self.settle, args=(function,), daemon=True).start()
 
     def ticks(self, seconds: float = 0.25) -> Iterator[float]:
         """Seconds since the start, until it is done."""
@@ -45,12 +59,6 @@ class Background(Generic[T]):
         except GeneratorExit:
             self._stop.set()
             raise
-
-    def result(self) -> T:
-        """What the function returned; what it raised is raised here."""
-        if self._error is not None:
-            raise self._error
-        return self._outcome[0]
 
 
 @dataclass

@@ -18,7 +18,7 @@ from blip2.ui.parameters import Parameters
 from blip2.ui.pile import RECURSIVE, Pile, Row, Settings
 from blip2.ui.session import Session
 from blip2.ui.subject import Subject
-from blip2.ui.tab import AT_ONCE, QUIET, Tab, Updates
+from blip2.ui.tab import QUIET, Tab, Updates
 from blip2.ui.wanted import Files, Options
 from blip2.ui.words import counted, note
 from blip2.ui.work import Work
@@ -96,9 +96,10 @@ class FolderTab(Tab):
         self.file = gr.DownloadButton(visible="hidden")
 
         values = [pile, files, folder, recursive, *self.options.inputs, *self.parameters.inputs]
-        self._wire_run(self.go, partial(self.run, None, False), values)
-        self._wire_run(self.preview, partial(self.run, PREVIEWED, False), values)
-        self._wire_run(self.anyway, partial(self.run, None, True), values)
+        outputs = [self.preview, self.table, self.after]
+        self.wire([self.go.click], partial(self.run, None, False), values, outputs, picture=False)
+        self.wire([self.preview.click], partial(self.run, PREVIEWED, False), values, outputs, picture=False)
+        self.wire([self.anyway.click], partial(self.run, None, True), values, outputs, picture=False)
         self.halt.click(lambda pile: pile.stop(), pile, None, **QUIET)
         said = [self.note, self.table, self.after]
         files.change(self._guarded(self.take), [pile, files], [*said, self.choice], **QUIET)
@@ -109,20 +110,6 @@ class FolderTab(Tab):
             None, self.file, None, js=SAVE, **QUIET
         )
         clear.click(self.clear, pile, [files, *said, self.choice], **QUIET)
-
-    def _wire_run(self, button: gr.Button, run: Callable[..., Iterator[Updates]], values: list[Any]) -> None:
-        """As `Tab.wire`, but without the page's picture."""
-        outputs = [self.go, self.preview, self.halt, self.note, self.choice, self.table, self.after]
-        event = button.click(
-            self.guarded(run),
-            [self.state, *values],
-            outputs,
-            show_progress="hidden",
-            concurrency_id="model",
-            concurrency_limit=AT_ONCE,
-            api_visibility="private",
-        )
-        event.failure(self.failed, self.state, [self.go, self.preview, self.halt, self.note], **QUIET)
 
     def _guarded(self, handle: Callable[..., Updates]) -> Callable[..., Updates]:
         """`handle`, with a sentence of its own instead of what a visitor can bring about."""
@@ -240,7 +227,6 @@ class FolderTab(Tab):
                 if stop.is_set():
                     break
             pile.order()
-            yield self._table(pile)
         remarks = self.work.unknown_words(name, " ".join([wanted.prompt, *wanted.questions]))
         where = "" if not folder else WRITTEN if out else UNWRITTEN
         facts = _facts(done, len(rows), skipped, where)
@@ -252,10 +238,14 @@ class FolderTab(Tab):
         if unknown:
             kind = f"{'is' if unknown == 1 else 'are'} of a kind that {name} does not know"
             facts.append(f"{counted(unknown, 'picture')} {kind}. {self.models.instead()}")
-        yield self.idle(session) | {
-            self.note: note(" ".join([*facts, remarks]).strip()),
-            self.choice: gr.update(visible=unknown > 0),
-        }
+        yield (
+            self.idle(session)
+            | self._table(pile)
+            | {
+                self.note: note(" ".join([*facts, remarks]).strip()),
+                self.choice: gr.update(visible=unknown > 0),
+            }
+        )
 
     def _take(
         self, pile: Pile, files: list[tuple[str, str]], folder: str, recursive: bool, options: dict[str, Any]

@@ -3,7 +3,9 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import TypeVar
+
+from blip2.ui.answers import Outcome
 
 T = TypeVar("T")
 
@@ -12,7 +14,7 @@ class Abandoned(Exception):
     """Nobody waits for the work any more."""
 
 
-class Job(Generic[T]):
+class Job(Outcome[T]):
     """One piece of work.
 
     Args:
@@ -23,14 +25,12 @@ class Job(Generic[T]):
     """
 
     def __init__(self, work: Callable[["Job[T]"], T], doing: str):
+        super().__init__()
         self._work = work
         self.doing = doing
         self._lock = threading.Lock()
         self._waiting, self._begun, self._abandoned = 0, False, False
         self._start = time.monotonic()
-        self._done = threading.Event()
-        self._outcome: list[T] = []
-        self._error: BaseException | None = None
 
     # --- the work's side ---
 
@@ -48,14 +48,7 @@ class Job(Generic[T]):
 
     def run(self) -> None:
         """Do it, in this thread."""
-        try:
-            self._outcome.append(self._work(self))
-        except BaseException as error:
-            self._error = error
-            if not isinstance(error, Exception):
-                raise
-        finally:
-            self._done.set()
+        self.settle(lambda: self._work(self))
 
     # --- the side of those who wait ---
 
@@ -103,9 +96,3 @@ class Job(Generic[T]):
     def done(self) -> bool:
         """Whether it has ended, in whatever way."""
         return self._done.is_set()
-
-    def result(self) -> T:
-        """What the work returned; what it raised is raised here."""
-        if self._error is not None:
-            raise self._error
-        return self._outcome[0]

@@ -1,13 +1,12 @@
 """A JSON input whose schema says what it takes: gr.JSON's own is no schema, and MCP callers refuse it."""
 
 from typing import Any
-from unittest import mock
 
 import gradio as gr
-from gradio import component_meta
 
-# gradio writes a stub (.pyi) beside the source of every component class; ours wants none.
-with mock.patch.object(component_meta, "create_or_modify_pyi"):
+from blip2.ui.files import no_stub
+
+with no_stub():
 
     class JsonInput(gr.JSON):
         """Hidden JSON of a given kind.

@@ -111,7 +111,7 @@ def page(work: Work, votes: Votes) -> gr.Blocks:
             choices = models.choices()
             advice = device_advice() if models.local else None
             picks = {pick: gr.update(choices=choices) for pick in compare.picks}
-            return picker.told() | picks | {device_note: note(advice or "")}
+            return picker.told(choices) | picks | {device_note: note(advice or "")}
 
         late = [picker.list, picker.card, picker.best, device_note, *compare.picks]
         demo.load(tell, None, late, queue=False, **private)

@@ -84,14 +84,18 @@ class Picker:
         self.best = gr.HTML(elem_classes="fine-print")
         self.real = gr.Button(GET, size="sm", visible=self.models.local, min_width=160)
 
-    def told(self) -> Updates:
-        """What a page that has just opened is told: it was served before torch and the cache were there."""
+    def told(self, choices: list[tuple[str, str]]) -> Updates:
+        """What a page that has just opened is told: it was served before torch and the cache were there.
+
+        Args:
+            choices: `Models.choices`.
+        """
         best = ""
         if self.models.local and (name := self.models.best()):
             license = PRESETS[split(name)[0]].license
             best = f"The best for photographs on this machine: {label(name)}. {license}"
         return {
-            self.list: gr.update(choices=self.models.choices()),
+            self.list: gr.update(choices=choices),
             self.card: self.models.card(self.models.default),
             self.best: html.escape(best),
         }

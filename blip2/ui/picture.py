@@ -2,22 +2,19 @@
 
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import gradio as gr
-from gradio import component_meta
 from gradio.data_classes import ImageData
-from gradio.exceptions import Error
 
 from blip2.errors import ImageError
 from blip2.ui.examples import examples
+from blip2.ui.files import UploadsOnly, no_stub
 from blip2.ui.pad import sketch_pad
 from blip2.ui.words import note
 
-# gradio writes a stub (.pyi) beside the source of every component class; ours wants none.
-with mock.patch.object(component_meta, "create_or_modify_pyi"):
+with no_stub():
 
-    class Picture(gr.Image):
+    class Picture(UploadsOnly, gr.Image):
         """An image input that hands on (path, name) of the uploaded file, unopened.
 
         gr.Image opens and converts files by itself, and fetches a path that is a URL; here `blip2.images`
@@ -33,12 +30,6 @@ with mock.patch.object(component_meta, "create_or_modify_pyi"):
             if payload is None or payload.path is None:
                 return None, ""
             return payload.path, Path(payload.orig_name or payload.path).name
-
-        async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-            """Refuse URLs, which gradio would download."""
-            if "://" in str(url_or_file_path or ""):
-                raise Error("Only uploaded pictures are read here, no addresses.", print_exception=False)
-            return await super().async_move_resource_to_block_cache(url_or_file_path)
 
 
 class PictureBox:

@@ -50,16 +50,17 @@ class Tab:
         inputs: list[Any],
         outputs: list[Any],
         js: str | None = None,
+        picture: bool = True,
     ) -> None:
         """Let triggers, a list of them or the end of another event, start `run`, which yields; Stop ends it.
 
         The stop is an event of its own, not gradio's cancelling: the run sees it within a token, ends by
-        itself, and leaves the page in order.
+        itself, and leaves the page in order. `picture` says whether the run is handed the page's.
         """
         listen = partial(gr.on, triggers) if isinstance(triggers, list) else triggers
         event = listen(
             self.guarded(run),
-            [self.state, self.picture, *inputs],
+            [self.state, *([self.picture] if picture else []), *inputs],
             [self.go, self.halt, self.note, self.choice, *outputs],
             show_progress="hidden",
             concurrency_id="model",

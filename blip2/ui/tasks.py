@@ -17,7 +17,7 @@ from blip2 import explain
 from blip2.chat import Chat, Conversation, Turn
 from blip2.checkpoint import Loaded
 from blip2.folder import caption_pictures
-from blip2.generation import Generation, generate, num_descriptions
+from blip2.generation import Generation, generate
 from blip2.model import Blip2
 from blip2.pictures import Captioning, Failure
 from blip2.processing import Style
@@ -180,10 +180,7 @@ def _answer(
     style: Style | None = None,
 ) -> Iterator[Progress | Turn]:
     model: Any = loaded.model
-    chat = Chat(
-        model, loaded.processor, conversation,
-        style=style, describe=num_descriptions(model, describe), stop=stop,
-    )  # fmt: skip
+    chat = Chat(model, loaded.processor, conversation, style=style, describe=describe, stop=stop)
     features = subject.features(loaded)
     if conversation.image is None:
         chat.set_image(features, keep_turns=True)

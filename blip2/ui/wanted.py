@@ -1,25 +1,21 @@
 """What the Folder tab asks for: pictures, and what is wanted of each."""
 
-from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import gradio as gr
-from gradio import component_meta
 from gradio.data_classes import ListFiles
-from gradio.exceptions import Error
 
 from blip2.pictures import Captioning
 from blip2.presets import EMBEDDED, PRESETS
 from blip2.settings import Generation
 from blip2.sidecars import SIDECARS
 from blip2.ui.errors import question
+from blip2.ui.files import UploadsOnly, no_stub
 from blip2.ui.models import Models
 
-# gradio writes a stub (.pyi) beside the source of every component class; ours wants none.
-with mock.patch.object(component_meta, "create_or_modify_pyi"):
+with no_stub():
 
-    class Files(gr.File):
+    class Files(UploadsOnly, gr.File):
         """A file input that hands on [(path, name)] of the uploaded files, unopened."""
 
         def get_block_name(self) -> str:
@@ -30,12 +26,6 @@ with mock.patch.object(component_meta, "create_or_modify_pyi"):
             """Where the uploads lie, and what the visitor calls them."""
             files = payload.root if isinstance(payload, ListFiles) else [payload] if payload else []
             return [(file.path, file.orig_name or file.path) for file in files]
-
-        async def async_move_resource_to_block_cache(self, url_or_file_path: str | Path | None) -> str | None:
-            """Refuse URLs, which gradio would download."""
-            if "://" in str(url_or_file_path or ""):
-                raise Error("Only uploaded pictures are read here, no addresses.", print_exception=False)
-            return await super().async_move_resource_to_block_cache(url_or_file_path)
 
 
 class Options:
