@@ -635,6 +635,8 @@ def test_a_choice_shows_precisions_for_folders_alone(picker, folders):
     shown = list(picker.choose(visitor, folders[0]))
     assert visitor.model == folders[0] and last(shown, picker.note) == ""
     assert last(shown, picker.precision)["visible"] and last(shown, picker.precision)["value"] == "auto"
+    # told once: a second time would undo what the visitor chose while the model was loading
+    assert sum(picker.precision in update for update in shown) == 1
     shown = list(picker.choose_precision(visitor, folders[0], "int8"))
     assert visitor.model == f"{folders[0]}@int8"
     assert (last(shown, picker.list), last(shown, picker.precision)["value"]) == (folders[0], "int8")

@@ -200,10 +200,11 @@ class Picker:
         wish = self._wishes[session]
         full = join(split(name)[0], precision) if precision else self.models.fitting(name)
         wish.shown = full
-        begun = (
-            self._at_rest() if self.models.is_loaded(full) else self._under_way(f"Loading {title(full)} ...")
-        )
-        yield self._shown(full) | begun
+        shown = self._shown(full)
+        if not self.models.is_loaded(full):
+            # Once: a visitor may choose another precision meanwhile, which a second update would undo.
+            yield shown | self._under_way(f"Loading {title(full)} ...")
+            shown = {}
         for doing in self.models.load(full, wish):
             yield self._under_way(f"{doing} ...")
         if wish.is_set():
@@ -212,7 +213,7 @@ class Picker:
         wish.granted = True
         session.use(full)
         about = {self.notice: self.models.notice(full), self.card: self.models.card(full), self.note: ""}
-        yield self._shown(full) | self._at_rest() | about | self._changed(session)
+        yield shown | self._at_rest() | about | self._changed(session)
 
     def _getting(self, session: Session, name: str) -> Iterator[Updates]:
         wish, preset = self._wishes[session], find_preset(split(name)[0])
