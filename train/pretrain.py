@@ -260,8 +260,8 @@ def run(recipe: Recipe, name: str = "custom") -> Result:
     if lacking := recipe.missing():
         raise RecipeError(f"{name} cannot start; it lacks\n" + "\n".join(f"  - {line}" for line in lacking))
     assert isinstance(recipe.data, Scenes)
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
+    if recipe.execution.threads is not None:
+        torch.set_num_threads(recipe.execution.threads)
     output = Path(recipe.output)
     accelerator = make_accelerator(recipe.fit.precision, trackers=recipe.fit.trackers, folder=output)
     if recipe.batch_size % distributed.world_size():

@@ -77,6 +77,29 @@ class Shards:
 
 
 @dataclass(frozen=True)
+class Execution:
+    """How a run uses its machines; none of it changes what is learned, but for rounding."""
+
+    micro_batch_size: int | None = None
+    """Pairs that one process takes through the model at a time; None takes its share of batch_size at once.
+    Smaller ones save memory: gradients are accumulated, and ITC and ITM still see the global batch."""
+    checkpointing: bool = False
+    """Compute the trained layers' activations (and those of the frozen LLM) again in the backward pass."""
+    compile: bool | None = None
+    """Compile the frozen image encoder; None does so on a GPU."""
+    vision_precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen image encoder's weights."""
+    language_precision: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "float32"
+    """Of the frozen language model's weights; stage 2 only."""
+    shard_language_model: bool = False
+    """Split the frozen language model over the processes (FSDP2), where it does not fit on each."""
+    workers: int = 0
+    """Processes that read and augment images, beside each training process; 0 reads in that process."""
+    threads: int | None = None
+    """CPU threads of each training process; None leaves torch's choice."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One run of one pre-training stage."""
 
@@ -104,8 +127,8 @@ class Recipe:
     """Stage 1 only: stage 2 takes over what stage 1 trained."""
     objectives: tuple[Literal["itc", "itm", "itg"], ...] = ("itc", "itm", "itg")
     """Stage 1 only: the losses that are summed; the others are computed and logged, but not learned from."""
-    threads: int | None = None
-    """CPU threads of each process; None leaves torch's choice."""
+    execution: Execution = field(default_factory=Execution)
+    """How the machines are used."""
 
     def __post_init__(self) -> None:
         if self.stage == 2 and self.language_model is None:
@@ -247,7 +270,7 @@ def scenes_stage1() -> Recipe:
             save_every=200,
         ),
         output="runs/scenes/stage1",
-        threads=1,
+        execution=Execution(threads=1),
     )
 
 
@@ -272,7 +295,7 @@ def _scenes_stage2(language_model: str, output: str, steps: int, max_minutes: fl
             save_every=400,
         ),
         output=output,
-        threads=1,
+        execution=Execution(threads=1),
     )
 
 
