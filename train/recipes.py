@@ -133,9 +133,7 @@ def _lacking(folder: str) -> list[str]:
     lost = [name for name in json.loads(info.read_text())["shard_counts"] if not (root / name).exists()]
     if lost:
         shown = ", ".join(lost[:3])
-        return [
-            f"{what} {len(lost)} shard(s) of {folder} are gone, such as {shown}; restore them, or prepare again"
-        ]
+        return [f"{what} {len(lost)} shard(s) of {folder} are gone, such as {shown}; restore or prepare them"]
     return []
 
 

@@ -118,7 +118,7 @@ def normalize(
     std: Sequence[float] = CLIP_STD,
     mirror: bool = False,
 ) -> Tensor:
-    """An RGB image -> float32 (3, H, W), bit for bit as `blip2.images.preprocess` rounds; mirrored if asked."""
+    """An RGB image -> float32 (3, H, W), rounded bit for bit as `blip2.images.preprocess` does."""
     levels = _levels(tuple(mean), tuple(std))
     pixels = np.asarray(image)
     if mirror:
