@@ -147,12 +147,19 @@ class ShardsLoader:
             "folders": [[name, float(self.weights[name]), len(found)] for name, found in folders.items()],
         }
         self.drawn, self.skipped, self.examples = 0, dict[str, int](), dict[str, list[str]]()
-        self._loader: SavableDataLoader = self._open()
-        self._batches: Iterator[Batch] | None = None
+        self._start()
 
     def __len__(self) -> int:
         """Steps of one pass, the incomplete batch at its end left out; the same on every rank."""
         return max(1, self.num_samples // (self.rows * self.workers.world_size))
+
+    def _start(self) -> None:
+        self._loader: SavableDataLoader = self._open()
+        self._batches: Iterator[Batch] | None = None
+        # At the end of this object's life, in which the workers' queues still live, and before torch's atexit,
+        # which would wait for workers that nobody told to end.
+        self._stop = weakref.finalize(self, _stop, self._loader)
+        self._stop.atexit = False
 
     def _open(self) -> SavableDataLoader:
         workers, encoder, size = self.workers, self.encoder, self.micro_batch_size
@@ -182,7 +189,7 @@ class ShardsLoader:
     def __iter__(self) -> Iterator[Batch]:
         if self._batches is None:
             self._batches = iter(self._loader)
-            atexit.register(_close, weakref.ref(self))  # before torch's own, which waits
+            atexit.register(self._stop)
         while True:
             parts = []
             for _ in range(self.rows // self.micro_batch_size):
@@ -242,23 +249,23 @@ class ShardsLoader:
                 )
         if self._batches is not None:
             self.close()
-            self._loader, self._batches = self._open(), None
+            self._start()
         self._loader.restore_state_rank(from_plain(state["energon"]))
         self.drawn, self.skipped = state["drawn"], dict(state["skipped"])
         self.examples = {kind: list(names) for kind, names in state["examples"].items()}
 
     def close(self) -> None:
         """Stop the workers; the loader hands out no more batches."""
-        if (running := getattr(getattr(self, "_loader", None), "_iterator", None)) is not None:
-            running._shutdown_workers()
-
-    def __del__(self) -> None:
-        self.close()
+        self._stop()
 
 
-def _close(loader: weakref.ref[ShardsLoader]) -> None:
-    if (found := loader()) is not None:
-        found.close()
+def _stop(loader: SavableDataLoader) -> None:
+    if (running := getattr(loader, "_iterator", None)) is not None:
+        workers = list(running._workers)
+        running._shutdown_workers()
+        for worker in workers:
+            worker.kill()  # what is still there hangs, perhaps on its store, and a process waits for its workers
+            worker.join()
 
 
 class _InitWorker:
