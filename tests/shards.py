@@ -38,7 +38,9 @@ def make(folder: Path, count, *, shards=2, broken=(), wordless=(), part="train",
     for i in range(start, start + count):
         words = [] if i in wordless else [f"{folder.name} number {i}", f"{folder.name} again {i}"]
         image = b"\x89PNG broken" if i in broken else picture(i, size)
-        samples.append({"__key__": f"{i:05d}", "png": image, "json": json.dumps({"captions": words}).encode()})
+        samples.append(
+            {"__key__": f"{i:05d}", "png": image, "json": json.dumps({"captions": words}).encode()}
+        )
     paths = [folder / f"{part}-{shard:05d}.tar" for shard in range(shards)]
     for shard, path in enumerate(paths):
         write_tar(path, samples[shard * count // shards : (shard + 1) * count // shards])

@@ -137,7 +137,9 @@ def test_token_tensors_are_padded_to_a_common_length():
 def test_blend_weights_hold_over_20000_draws(tmp_path, monkeypatch):
     names = ["coco", "vg", "web"]
     folders = [made.make(tmp_path / name, 40, shards=1, size=2) for name in names]
-    monkeypatch.setattr(samples.Encoder, "_encode", lambda *a: {"pixel_values": torch.zeros(1), "caption": ""})
+    monkeypatch.setattr(
+        samples.Encoder, "_encode", lambda *a: {"pixel_values": torch.zeros(1), "caption": ""}
+    )
     monkeypatch.setattr(made, "tokenize", lambda captions, generator: {})
     source = loader(Shards(dict(zip(folders, (1.0, 0.5, 2.5), strict=True))), batch=100)
     found = Counter(key.split("/")[-3] for batch in take(source, 200) for key in batch["keys"])
@@ -196,7 +198,10 @@ def mean_color(data):
 def test_a_data_set_can_bring_its_decoder(folders):
     red = Source(decoder="test_data:mean_color", mean=(0, 0, 0), std=(1, 1, 1))
     (batch,) = take(loader(Shards({folders[0]: 1.0}, settings={folders[0]: red})), 1)
-    assert torch.equal(batch["pixel_values"][:, 0], torch.ones(8, 8, 8)) and not batch["pixel_values"][:, 1:].any()
+    assert (
+        torch.equal(batch["pixel_values"][:, 0], torch.ones(8, 8, 8))
+        and not batch["pixel_values"][:, 1:].any()
+    )
 
 
 # --- what cannot be used ---
@@ -235,7 +240,9 @@ def test_five_percent_of_broken_samples_stop_it(tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_of_which_nothing_can_be_used_ends(tmp_path, workers):
     folder = made.make(tmp_path / "web", 20, wordless=range(20), size=2)
-    with pytest.raises(DataError, match=r"^1000 samples in a row could not be used: 1,000 empty captions, such as"):
+    with pytest.raises(
+        DataError, match=r"^1000 samples in a row could not be used: 1,000 empty captions, such as"
+    ):
         take(loader([folder], workers=workers), 1)
 
 
@@ -311,7 +318,9 @@ def test_a_remote_store_is_read_like_a_folder(folders, tmp_path, monkeypatch):
     assert remote.missing() == []
     (near,), (far,) = take(loader(folders[:1]), 1), take(loader(remote), 1)
     assert [key.rsplit("/", 1)[1] for key in near["keys"]] == [key.rsplit("/", 1)[1] for key in far["keys"]]
-    assert far["keys"][0].startswith("msc://far/first/") and torch.equal(near["pixel_values"], far["pixel_values"])
+    assert far["keys"][0].startswith("msc://far/first/") and torch.equal(
+        near["pixel_values"], far["pixel_values"]
+    )
 
 
 # --- processes ---

@@ -135,7 +135,9 @@ def pairs(path: Path, images: Path) -> Iterator[Record]:
     for number, row in enumerate(_rows(path), 1):
         name = row.get("image") or row.get("file")
         if not name:
-            raise AnnotationError(f"{path}, row {number}: no `image` (or `file`); its columns are {list(row)}")
+            raise AnnotationError(
+                f"{path}, row {number}: no `image` (or `file`); its columns are {list(row)}"
+            )
         captions = row.get("captions")
         if isinstance(captions, str):
             try:

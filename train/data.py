@@ -11,6 +11,7 @@ worker each read what one process with two reads. `train/samples.py` is what hap
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
 import os
 import signal
@@ -38,6 +39,7 @@ log = logging.getLogger("train.data")
 SKIP_LIMIT, SKIP_LEAST = 0.01, 1000  # stop above this share, once so many samples were drawn
 SHUFFLE = {"shuffle_buffer_size": 100}  # samples each worker holds; energon's advice, as are the next two
 READ = {"max_samples_per_sequence": 100, "parallel_shard_iters": 16}
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 TIME_OUT = 600  # seconds without a batch from a worker: the store hangs
 
 
@@ -269,10 +271,10 @@ def _stop(loader: SavableDataLoader) -> None:
 
 
 class _InitWorker:
-    """Readies a worker process: signals are the training process's business, it stops its workers itself.
+    """Readies a worker process: it lives as long as the training process, whatever signals reach it.
 
     Ctrl-C and a scheduler's SIGTERM reach every process; a worker that died of them would take away the state
-    that the training process is about to save.
+    that the training process is about to save. When that process dies, however it does, Linux ends the worker.
     """
 
     def __init__(self, inner: Any):
@@ -282,6 +284,8 @@ class _InitWorker:
         self.inner(worker)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
 
 

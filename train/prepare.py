@@ -402,7 +402,9 @@ def img2dataset(
     cut = len(paths) - validation_shards
     counts.update(write_metadata(folder, {"train": paths[:cut], "val": paths[cut:]}, workers))
     if not counts["kept"]:
-        counts["kept"] = sum(json.loads((folder / ".nv-meta" / ".info.json").read_text())["shard_counts"].values())
+        counts["kept"] = sum(
+            json.loads((folder / ".nv-meta" / ".info.json").read_text())["shard_counts"].values()
+        )
     print(f"{folder}: {tell(+counts)}")
 
 
