@@ -12,8 +12,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import making as made
 import pytest
-import shards as made
 import torch
 
 from blip2.images import preprocess
@@ -180,7 +180,7 @@ def test_each_data_set_is_read_its_own_way(folders):
     for key, caption, pixels in rows:
         if key.startswith(folders[0]):
             assert caption in ("a photo of first number", "a photo of first again")
-            assert 0 <= pixels.min() and pixels.max() <= 1
+            assert pixels.min() >= 0 and pixels.max() <= 1
         else:
             assert caption == clean_caption(caption) and pixels.min() < 0
     with pytest.raises(RecipeError, match="does not have"):
@@ -257,7 +257,7 @@ def test_records_that_cannot_be_read_are_counted(tmp_path):
         {"__key__": "f", "png": made.picture(1), "json": b'{"captions": [null, 3]}'},
         {"__key__": "g", "png": made.picture(1), "json": b'{"caption": "one", "captions": null}'},
     ]
-    made.write_tar(tmp_path / "web" / "0.tar", good + odd)
+    made.write(tmp_path / "web" / "0.tar", good + odd)
     made.write_metadata(tmp_path / "web", {"train": [tmp_path / "web" / "0.tar"]})
     source = loader([str(tmp_path / "web")], batch=6)
     keys = {key for batch in take(source, 20) for key in batch["keys"]}
@@ -288,7 +288,7 @@ def test_what_is_missing_is_said_with_the_command(tmp_path, folders):
     (line,) = Shards({str(tmp_path / "none"): 1.0}).missing()
     assert "no .tar file" in line and "docs/data.md" in line
     bare = tmp_path / "bare"
-    made.write_tar(bare / "0.tar", [{"__key__": "a", "png": b"", "txt": b""}])
+    made.write(bare / "0.tar", [{"__key__": "a", "png": b"", "txt": b""}])
     (line,) = Shards({str(bare): 1.0}).missing()
     assert f"python -m train.data prepare img2dataset {bare}" in line
     with pytest.raises(DataError, match="not prepared"):
@@ -328,7 +328,7 @@ def test_a_remote_store_is_read_like_a_folder(folders, tmp_path, monkeypatch):
 SIGNALLED = """
 import itertools, os, signal, sys, time
 sys.path.insert(0, "tests")
-import shards as made
+import making as made
 from train.data import shards_loader
 from train.recipes import Shards
 source = shards_loader(Shards({sys.argv[1]: 1.0}), made.tokenize, 8, image_size=8, seed=3, workers=2)

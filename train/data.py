@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from megatron.energon import SavableDataLoader, WorkerConfig, get_savable_loader
-from megatron.energon.epathlib import EPath
 from megatron.energon.errors import reraise_exception
 from megatron.energon.metadataset.loader_interface import DatasetBlendMode, LoadedDataset
 from megatron.energon.wrappers import ConcatDataset, RepeatDataset
@@ -33,7 +32,7 @@ from train.captions import Tokenize
 from train.loader import Batch
 from train.plain import from_plain, to_plain
 from train.recipes import Shards, Source
-from train.samples import DataError, Encoder, ImageTextFolder, concatenate, describe
+from train.samples import DataError, Encoder, concatenate, describe, open_folders
 
 log = logging.getLogger("train.data")
 SKIP_LIMIT, SKIP_LEAST = 0.01, 1000  # stop above this share, once so many samples were drawn
@@ -131,7 +130,7 @@ class ShardsLoader:
     ):
         self.rows, self.micro_batch_size = rows, micro_batch_size
         self.workers, self.train = workers, split == "train"
-        folders = _folders(shards, split, workers)
+        folders = open_folders(shards, split, workers, READ)
         sources = {folder: shards.settings.get(folder, Source()) for folder in folders}
         self.encoder = Encoder(
             sources, tokenize, image_size=image_size, seed=seed, train=self.train, mean=mean, std=std
@@ -158,8 +157,8 @@ class ShardsLoader:
     def _start(self) -> None:
         self._loader: SavableDataLoader = self._open()
         self._batches: Iterator[Batch] | None = None
-        # At the end of this object's life, in which the workers' queues still live, and before torch's atexit,
-        # which would wait for workers that nobody told to end.
+        # While the workers' queues still live, and before torch's atexit, which would wait for workers that
+        # nobody told to end.
         self._stop = weakref.finalize(self, _stop, self._loader)
         self._stop.atexit = False
 
@@ -266,7 +265,7 @@ def _stop(loader: SavableDataLoader) -> None:
         workers = list(running._workers)
         running._shutdown_workers()
         for worker in workers:
-            worker.kill()  # what is still there hangs, perhaps on its store, and a process waits for its workers
+            worker.kill()  # what is still there hangs, and this process would wait for it at its end
             worker.join()
 
 
@@ -274,7 +273,7 @@ class _InitWorker:
     """Readies a worker process: it lives as long as the training process, whatever signals reach it.
 
     Ctrl-C and a scheduler's SIGTERM reach every process; a worker that died of them would take away the state
-    that the training process is about to save. When that process dies, however it does, Linux ends the worker.
+    that the training process is about to save. When that process dies, however, Linux ends the worker.
     """
 
     def __init__(self, inner: Any):
@@ -287,39 +286,6 @@ class _InitWorker:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
-
-
-def _folders(shards: Shards, split: str, workers: WorkerConfig) -> dict[str, ImageTextFolder]:
-    """Open what the split reads."""
-    train = split == "train"
-    names = list(shards.weights) if train else list(shards.validation or shards.weights)
-    part, folders, streams = "train" if train else "val", {}, workers.world_size * max(1, workers.num_workers)
-    for name in names:
-        try:
-            folder = ImageTextFolder(
-                EPath(name), split_part=part, training=train, worker_config=workers,
-                subflavors={"folder": name}, **(READ if train else {}),
-            )  # fmt: skip
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"{name} is not prepared ({error}); see `python -m train.data prepare -h`"
-            ) from error
-        except (AssertionError, LookupError) as error:  # energon: no such part, or an empty one
-            if train or shards.validation:
-                raise DataError(f"{name} has no {part} split; it was prepared without one") from error
-            continue
-        if len(folder) < streams:
-            raise DataError(
-                f"{name} has {len(folder)} samples to {'train' if train else 'evaluate'} on, fewer than the "
-                f"{streams} processes x workers; use fewer workers"
-            )
-        folders[name] = folder
-    if not folders:
-        raise DataError(
-            f"none of {', '.join(names)} has a val split; prepare one with --validation, or name a folder in "
-            "`validation`"
-        )
-    return folders
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

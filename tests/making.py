@@ -2,14 +2,13 @@
 
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from train.prepare import write_metadata
+from train.shards import add_sample, write_metadata, write_tar
 
 
 def picture(number, size=12, kind="PNG"):
@@ -20,20 +19,16 @@ def picture(number, size=12, kind="PNG"):
     return file.getvalue()
 
 
-def write_tar(path: Path, samples):
+def write(path: Path, samples):
     """`samples`: [{"__key__": ..., "png": bytes, ...}]."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with write_tar(path) as tar:
         for sample in samples:
-            for extension, data in sample.items():
-                if extension != "__key__":
-                    info = tarfile.TarInfo(f"{sample['__key__']}.{extension}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
+            add_sample(tar, sample.pop("__key__"), sample)
 
 
 def make(folder: Path, count, *, shards=2, broken=(), wordless=(), part="train", start=0, size=12):
-    """A prepared folder of `count` samples; image i is broken for i in `broken`, its captions are for `wordless`."""
+    """A prepared folder of `count` samples; `broken` ones have no image, `wordless` ones no caption."""
     samples = []
     for i in range(start, start + count):
         words = [] if i in wordless else [f"{folder.name} number {i}", f"{folder.name} again {i}"]
@@ -43,7 +38,7 @@ def make(folder: Path, count, *, shards=2, broken=(), wordless=(), part="train",
         )
     paths = [folder / f"{part}-{shard:05d}.tar" for shard in range(shards)]
     for shard, path in enumerate(paths):
-        write_tar(path, samples[shard * count // shards : (shard + 1) * count // shards])
+        write(path, samples[shard * count // shards : (shard + 1) * count // shards])
     found = {}
     for path in sorted(folder.glob("*.tar")):
         found.setdefault(path.name.split("-")[0], []).append(path)
