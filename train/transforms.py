@@ -52,13 +52,13 @@ def decode(data: bytes, wanted: int) -> Image.Image:
     if data.startswith(b"\xff\xd8\xff"):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image decides
                 image = Image.open(io.BytesIO(data), formats=("JPEG",))
         except Exception:  # hostile headers raise almost anything; open_image says what is wrong
             return open_image(data)
         if image.width * image.height <= MAX_PIXELS and min(image.size) >= 2 * wanted:
             image.draft("RGB", (wanted, wanted))
-            return open_image(image)
+        return open_image(image)
     return open_image(data)
 
 
