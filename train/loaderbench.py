@@ -1,8 +1,8 @@
 """`python -m train.data bench`: images a second of the loader against plain Pillow, decode and transform.
 
 Both read the same JPEGs in the same process, in turns, so that whatever else the machine does meets both; the
-medians are told, per second of CPU time, which is what a core gives. Then the loader alone with more workers, by
-the clock.
+medians are told, per second of CPU time, which is what a core gives. Then the loader alone with more workers,
+by the clock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tyro.conf import Positional
 
 from train.data import shards_loader
 from train.recipes import Shards
-from train.samples import IMAGES
+from train.records import IMAGES
 from train.shards import add_sample, write_metadata, write_tar
 from train.transforms import TrainTransform, normalize
 

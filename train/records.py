@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")  # endings of a sample's image
+
 
 class AnnotationError(ValueError):
     """An annotation file that is not laid out as expected."""

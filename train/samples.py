@@ -26,9 +26,9 @@ from train.captions import Tokenize
 from train.loader import Batch
 from train.reading import DataError
 from train.recipes import Source
+from train.records import IMAGES
 from train.transforms import TrainTransform, clean_caption, decode, normalize
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 KINDS = ("broken image", "empty caption", "broken record", "unreadable shard")
 EXAMPLES = 3  # names of skipped samples that are kept for each kind
 HOPELESS = 1000  # samples skipped in a row
