@@ -131,9 +131,7 @@ def run(bench: Bench) -> dict[str, float]:
         rates = {name: number / statistics.median(found) for name, found in times.items()}
         size = Image.open(io.BytesIO(files[0])).size
         kilobytes = statistics.mean(map(len, files)) / 1e3
-        print(
-            f"{len(files)} images such as {size[0]} x {size[1]}, {kilobytes:.0f} kB -> {bench.image_size} pixels"
-        )
+        print(f"{len(files)} images such as {size[0]} x {size[1]}, {kilobytes:.0f} kB, to {bench.image_size}")
         print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
         for name, rate in rates.items():
             print(f"  {name:9} {rate:7.0f} images/s of one core")
