@@ -427,6 +427,7 @@ def test_a_worker_that_dies_ends_it_with_a_message(folders):
     source = loader(folders, workers=2)
     steps = iter(source)
     next(steps)
-    os.kill(source._loader._iterator._workers[0].pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="worker"):
+    with pytest.raises(RuntimeError, match="worker"):  # from wherever the news reaches this process
+        os.kill(source._loader._iterator._workers[0].pid, signal.SIGKILL)
         take(steps, 50)
+    source.close()

@@ -35,11 +35,11 @@ class DataError(RuntimeError):
 class Reader:
     """Samples by their number, as an energon reader gives them; those that cannot be read have an "error"."""
 
-    def __init__(self, shards: Sequence[ShardInfo], open_files: int):
+    def __init__(self, shards: Sequence[ShardInfo], open_files: int = 16, indices: int = 256):
         self.shards = shards
         self.starts = np.cumsum([0, *(shard.count for shard in shards)]).tolist()
         self._file = functools.lru_cache(open_files)(_open)  # a file closes when it leaves the cache
-        self._offsets = functools.lru_cache(4 * open_files)(_offsets)
+        self._offsets = functools.lru_cache(indices)(_offsets)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number = bisect.bisect_right(self.starts, index) - 1
@@ -120,8 +120,12 @@ class ImageTextFolder(DefaultDecoderWebdatasetFactory[dict]):
 
     def build(self, worker_rotation_offset: int = 0) -> Any:
         dataset: Any = super().build(worker_rotation_offset)
-        dataset.dataset.join_readers = [Reader(self.shards, self.parallel_shard_iters or 1)]
+        dataset.dataset.join_readers = [Reader(self.shards)]
         return dataset
+
+    def load_sample(self, sample: Any) -> Any:
+        sample["__subflavors__"] = self.subflavors
+        return sample
 
 
 def open_folders(
