@@ -23,6 +23,7 @@ from blip2.vision import VisionTransformer
 from train import captions, pretrain, recipes, state
 from train.engine import FitConfig, fit
 from train.loader import IndexLoader
+from train.objectives import Stage1, Stage2
 from train.recipes import QFormerConfig
 from train.scenes.text import build_tokenizer
 
@@ -88,7 +89,7 @@ def test_prefix_tokens():
 
 def objective(family):
     model = tiny.ours(family)
-    return pretrain.Stage1(model) if family == "retrieval" else pretrain.Stage2(model)
+    return Stage1(model) if family == "retrieval" else Stage2(model)
 
 
 def batches(family):

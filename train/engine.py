@@ -15,6 +15,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -67,8 +68,8 @@ class FitConfig:
     """Steps between saved states; one is saved at the end and on SIGTERM in any case."""
     keep_states: int = 2
     """Saved states that remain."""
-    trackers: tuple[str, ...] = ()
-    """accelerate trackers beside log.jsonl, such as tensorboard, trackio or wandb."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """accelerate trackers beside log.jsonl: tensorboard, trackio or wandb."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.log_every < 1:
@@ -145,7 +146,8 @@ def fit(
 
     Args:
         objective: `forward(batch)` returns a dict of scalar tensors; `loss*` are summed. Its parameters that
-            require a gradient are trained.
+            require a gradient are trained. Its method `split(batch, step, seed)`, if it has one, cuts a batch
+            into parts, over which losses and values are summed.
         loader: this rank's batches.
         config: see `FitConfig`.
         folder: of this run alone; gets config.json, log.jsonl and states/.
@@ -187,6 +189,7 @@ def fit(
             scaler.load_state_dict(progress["scaler"])
     first, began, batches = step, time.perf_counter() - seconds, iter(loader)
     model = accelerator.prepare_model(objective)
+    split = getattr(objective, "split", lambda batch, step, seed: [batch])
     log = Log(folder, step, accelerator, config.trackers)
     log.say(
         f"{folder}: step {step} of {total}; {sum(p.numel() for p in parameters):,} parameters to train, "
@@ -245,16 +248,15 @@ def fit(
             )
             optim.set_learning_rate(optimizer, rate)
 
-            outputs: dict[str, Tensor] = model(_to(batch, device))
-            loss = torch.stack([value for name, value in outputs.items() if name.startswith("loss")]).sum()
-            accelerator.backward(loss)
+            with accelerator.autocast():
+                parts = split(_to(batch, device), step, config.seed)
+            values = _backward(model, parts, accelerator)
+            loss = values["loss"]
             if scaler is not None:
                 scaler.unscale_(optimizer)
             norm = optim.gradient_norm(parameters, config.clip_norm)
-            finite = torch.isfinite(loss.detach())
-            if (
-                scaler is None
-            ):  # with fp16, an infinite norm is the scaler's to handle: it skips the step, lowers the scale
+            finite = torch.isfinite(loss)
+            if scaler is None:  # fp16's scaler handles an infinite norm: it skips the step, lowers the scale
                 finite = finite & torch.isfinite(norm)
             bad = (~finite).float()
             flag = torch.stack([bad, torch.full_like(bad, float(stop_requested()))])
@@ -268,8 +270,7 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
-            values = {name: value.detach() for name, value in outputs.items()}
-            window.add({"loss": loss.detach(), **values, "grad_norm": norm}, _rows(batch), waited)
+            window.add({**values, "grad_norm": norm}, _rows(batch), waited)
             flags.put(flag, step, values, batch.get("keys"))
             stop |= flags.read()
     log.close()
@@ -278,6 +279,20 @@ def fit(
             f"stopped by a signal after step {step}; the state is saved, the same command goes on from there"
         )
     return Result(step, step >= total, metrics)
+
+
+def _backward(model: nn.Module, parts: list[Batch], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Accumulate the parts' gradients; returns "loss" and the other values, summed over the parts."""
+    values: dict[str, Tensor] = {}
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        with nullcontext() if last else accelerator.no_sync(model):  # processes exchange gradients once
+            outputs: dict[str, Tensor] = model(part)
+            loss = torch.stack([value for name, value in outputs.items() if name.startswith("loss")]).sum()
+            accelerator.backward(loss)
+        for name, value in {"loss": loss, **outputs}.items():
+            values[name] = values[name] + value.detach() if name in values else value.detach()
+    return values
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:

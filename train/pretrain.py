@@ -1,4 +1,4 @@
-"""Pre-training, both stages: the objectives, the models they start from, and the command.
+"""Pre-training, both stages: the models they start from, and the command.
 
     python -m train.pretrain scenes-stage1 --max-minutes 40
     torchrun --nproc-per-node 8 -m train.pretrain stage1-vitg
@@ -41,69 +41,10 @@ from blip2.representation import Blip2Representation
 from train import distributed
 from train.captions import scenes_loader, tokenize_for
 from train.engine import NonFiniteError, Result, fit, make_accelerator
-from train.loader import Batch, Loader
+from train.loader import Loader
+from train.objectives import Stage1, Stage2
 from train.recipes import RECIPES, Recipe, RecipeError, Scenes
 from train.state import StateError
-
-# --- objectives ---
-
-
-def _image_embeds(model: Blip2Representation | Blip2, batch: Batch) -> Tensor:
-    """image_embeds (B, P, V), from pixels or from `image_hidden`, the frozen encoder's cached output."""
-    if "image_hidden" in batch:
-        norm = model.vision_model.post_layernorm  # not frozen, hence not cached
-        return norm(batch["image_hidden"].to(norm.weight.dtype))
-    return model.image_embeds(batch["pixel_values"])
-
-
-class Stage1(nn.Module):
-    """Vision-language representation learning: ITC + ITM + ITG on the global batch; the encoder is frozen."""
-
-    def __init__(self, model: Blip2Representation, objectives: Sequence[str] = ("itc", "itm", "itg")):
-        super().__init__()
-        self.model, self.objectives = model, tuple(objectives)
-        model.freeze_vision()
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses on pixel_values or image_hidden, input_ids and attention_mask of `representation_tokens`.
-
-        A loss that is not among `objectives` loses its prefix, and `fit` leaves it out of the sum.
-        """
-        losses = self.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            image_embeds=_image_embeds(self.model, batch),
-            gather=distributed.gather,
-            gather_with_grad=distributed.gather_with_grad if distributed.is_distributed() else None,
-            rank=distributed.rank(),
-        )
-        named = {
-            name if name.removeprefix("loss_") in self.objectives else name.removeprefix("loss_"): value
-            for name, value in losses.items()
-        }
-        return {**named, "temperature": self.model.temperature}
-
-
-class Stage2(nn.Module):
-    """Vision-to-language generative learning: the frozen LLM's loss on captions after the queries."""
-
-    def __init__(self, model: Blip2):
-        super().__init__()
-        self.model = model
-        model.freeze_vision()
-        model.freeze_language()
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss on pixel_values or image_hidden, and the tokens of `decoder_tokens` or `prefix_tokens`."""
-        output = self.model(
-            image=self.model.read_image(_image_embeds(self.model, batch)),
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            labels=batch["labels"],
-            check_image_tokens=False,
-        )
-        return {"loss_lm": output.loss}
-
 
 # --- models to start from ---
 
@@ -201,7 +142,9 @@ def start(recipe: Recipe) -> tuple[nn.Module, Processor]:
         representation = new_representation(recipe, Path(recipe.start_from), tokenizer)
         if recipe.bert is not None:
             qformer_from_bert(recipe.bert, representation)
-        return Stage1(representation, recipe.objectives), _processor(representation, tokenizer, "bert")
+        return Stage1(representation, recipe.objectives, recipe.execution.micro_batch_size), _processor(
+            representation, tokenizer, "bert"
+        )
 
     loaded = checkpoint.load(recipe.start_from, precision="float32", device="cpu")
     if not isinstance(loaded.model, Blip2Representation):
@@ -212,7 +155,9 @@ def start(recipe: Recipe) -> tuple[nn.Module, Processor]:
     family = AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM
     language_model = family.from_pretrained(recipe.language_model, dtype=torch.float32)
     model = attach_language_model(loaded.model, language_model, tokenizer)
-    return Stage2(model), _processor(model, tokenizer, "t5" if encodes else "opt")
+    return Stage2(model, recipe.execution.micro_batch_size), _processor(
+        model, tokenizer, "t5" if encodes else "opt"
+    )
 
 
 def _processor(
