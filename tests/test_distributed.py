@@ -20,7 +20,14 @@ from train.engine import FitConfig, fit, make_accelerator
 from train.loader import IndexLoader
 
 CONFIG = FitConfig(
-    steps=6, learning_rate=1e-2, warmup_steps=2, precision="fp32", log_every=3, save_every=3, seed=3
+    steps=6,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    precision="fp32",
+    log_every=3,
+    save_every=3,
+    seed=3,
+    trackers=(),
 )
 
 

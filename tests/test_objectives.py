@@ -14,10 +14,13 @@ from torch import nn
 from blip2.representation import sample_hard_negatives
 from train import captions, distributed
 from train.engine import FitConfig, _backward, fit, make_accelerator
+from train.execution import prepare
 from train.loader import IndexLoader
 from train.objectives import Stage1, Stage2
+from train.recipes import Execution
 
 FAMILIES = ("retrieval", "opt", "t5")
+WAYS = ("whole", "parts", "lean")
 SAID = [
     "a red circle",
     "two blue star on the left",
@@ -171,12 +174,17 @@ def work(rank, folder, port):
     accelerator = make_accelerator("fp32", cpu=True)
     seen = {}
     for family in FAMILIES:
-        for micro in (None, 2):
-            trained = objective(family, micro)
-            path = Path(folder) / f"{family}-{micro}"
+        for way in WAYS:
+            trained = objective(family, None if way == "whole" else 2)
+            split = way == "lean" and family != "retrieval"
+            execution = Execution(checkpointing=way == "lean", shard_language_model=split)
+            prepare(trained, execution, accelerator.device)
+            names = {type(p).__name__ for p in trained.parameters()}
+            assert names == ({"Parameter", "DTensor"} if split else {"Parameter"})
+            path = Path(folder) / f"{family}-{way}"
             fit(trained, loader(family, rank, 2), CONFIG, path, accelerator=accelerator)
             weights = {n: p.detach() for n, p in trained.named_parameters() if p.requires_grad}
-            seen[family, micro] = (distributed.world_size(), log(path), weights)
+            seen[family, way] = (distributed.world_size(), log(path), weights)
     torch.save(seen, Path(folder) / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -192,14 +200,17 @@ def pair(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("micro", [None, 2])
-def test_two_processes_train_as_one(family, micro, pair, tmp_path):
-    """Four steps of the real stage on two processes, whole or in parts, equal one process with all rows."""
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_train_as_one(family, way, pair, tmp_path):
+    """Four steps of the real stage on two processes equal one process with all rows.
+
+    Whole batches; in parts; in parts with recomputed activations and the language model split (FSDP2).
+    """
     alone = objective(family)
     fit(alone, loader(family), CONFIG, tmp_path)
     expected = log(tmp_path)
     for seen in pair:
-        world, lines, weights = seen[family, micro]
+        world, lines, weights = seen[family, way]
         assert world == 2 and len(lines) == len(expected) == 4
         for line, wanted in zip(lines, expected, strict=True):
             names = [
@@ -212,3 +223,21 @@ def test_two_processes_train_as_one(family, micro, pair, tmp_path):
         for name, value in weights.items():
             if not name.endswith("key.bias"):  # their gradient is zero but for rounding, which Adam blows up
                 assert torch.allclose(value, alone.get_parameter(name), atol=2e-4), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_activations_change_nothing(family):
+    """Dropout included: the second computation draws what the first drew."""
+    batch, found = next(iter(loader(family))), []
+    for checkpointing in (False, True):
+        trained = objective(family, 4, dropout=0.2).train()
+        prepare(trained, Execution(checkpointing=checkpointing), torch.device("cpu"))
+        torch.manual_seed(0)
+        found.append(gradients(trained, dict(batch)))
+    same(found[0][0], found[1][0])
+    same(found[0][1], found[1][1])
+
+
+def test_one_process_has_nothing_to_split():
+    with pytest.raises(ValueError, match="shard_language_model splits over processes, but there is one"):
+        prepare(objective("opt"), Execution(shard_language_model=True), torch.device("cpu"))

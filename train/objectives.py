@@ -246,5 +246,6 @@ class Stage2(Objective):
             attention_mask=batch["attention_mask"],
             labels=batch["labels"],
             check_image_tokens=False,
+            use_cache=False,  # a cache would be filled twice where activations are recomputed
         )
         return {"loss_lm": output.loss * batch["weight"] if "weight" in batch else output.loss}
