@@ -40,7 +40,7 @@ def prepare(objective: Objective, execution: Execution, device: torch.device) ->
     compiled = device.type == "cuda" if execution.compile is None else execution.compile
     if compiled:
         encoder = model.vision_model
-        encoder.tokens = torch.compile(encoder.tokens)
+        encoder.tokens = torch.compile(encoder.tokens)  # type: ignore[method-assign]
     # Loaded from the same files by every process, or split: DistributedDataParallel need not send them.
     frozen = [name for name, p in objective.named_parameters() if not p.requires_grad]
     frozen += [name for name, _ in objective.named_buffers()]
@@ -56,7 +56,7 @@ def blocks(language_model: PreTrainedModel) -> list[nn.Module]:
 def recompute(modules: Iterable[nn.Module]) -> None:
     """Keep only the inputs of these modules for the backward pass, and compute the rest again."""
     for module in modules:
-        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)  # type: ignore[method-assign]
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def split(language_model: PreTrainedModel, device: torch.device) -> None:
