@@ -106,7 +106,13 @@ def tokenize_for(
 
 
 def scenes_loader(
-    scenes: Scenes, tokenize: Tokenize, batch_size: int, *, seed: int = 0, split: str = "train"
+    scenes: Scenes,
+    tokenize: Tokenize,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    split: str = "train",
+    shared: bool = False,
 ) -> IndexLoader:
     """Drawn scenes, each with one caption drawn anew every time it comes up.
 
@@ -116,6 +122,7 @@ def scenes_loader(
         batch_size: over all processes.
         seed: of order and captions.
         split: "train" or "validation".
+        shared: give every process all rows, instead of its own.
     """
     from train.scenes.encoder import normalize
     from train.scenes.text import caption, telling_caption
@@ -131,6 +138,7 @@ def scenes_loader(
     def fetch(indices: list[int], generator: np.random.Generator) -> Batch:
         drawn = [sample(index, split) for index in indices]
         words = random.Random(int(generator.integers(2**63)))
+        said = [say(scene, words) for scene in drawn]
         if hidden is not None:
             image = {"image_hidden": torch.from_numpy(hidden[indices])}
         else:
@@ -138,11 +146,11 @@ def scenes_loader(
             image = {"pixel_values": normalize(torch.from_numpy(pixels))}
         return {
             **image,
-            **tokenize([say(scene, words) for scene in drawn], generator),
+            **tokenize(said, generator),
+            "captions": said,
             "keys": [f"{split}/{index}" for index in indices],
         }
 
-    world = distributed.world_size()
-    return IndexLoader(
-        number, batch_size // world, fetch, seed=seed, rank=distributed.rank(), world_size=world
-    )
+    world = 1 if shared else distributed.world_size()
+    rank = 0 if shared else distributed.rank()
+    return IndexLoader(number, batch_size // world, fetch, seed=seed, rank=rank, world_size=world)

@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,15 @@ from blip2.qformer import QFormer
 from blip2.representation import Blip2Representation
 from train import distributed
 from train.captions import scenes_loader, tokenize_for
-from train.engine import NonFiniteError, Result, fit, make_accelerator
+from train.engine import Evaluate, NonFiniteError, Result, fit, make_accelerator
 from train.execution import prepare
 from train.loader import Loader
 from train.log import say
 from train.objectives import Objective, Stage1, Stage2
+from train.probe import Probe
 from train.recipes import RECIPES, Recipe, RecipeError, Scenes
 from train.state import SaveError, StateError
-from train.stop import stop_signals
+from train.stop import CollapseError, stop_signals
 
 # --- models to start from ---
 
@@ -176,9 +178,7 @@ def _processor(
 # --- the command ---
 
 
-def mean_losses(
-    make_loader: Callable[[], Loader], batches: int, seed: int = 0
-) -> Callable[[nn.Module], dict[str, float]]:
+def mean_losses(make_loader: Callable[[], Loader], batches: int, seed: int = 0) -> Evaluate:
     """An evaluation for `fit`: the objective's values, averaged over the same batches every time.
 
     Args:
@@ -187,7 +187,7 @@ def mean_losses(
         seed: of what the losses draw themselves, such as hard negatives.
     """
 
-    def evaluate(objective: nn.Module) -> dict[str, float]:
+    def evaluate(objective: nn.Module, step: int) -> dict[str, float]:
         distributed.seed_everything(seed)
         device = next(objective.parameters()).device
         rows = []
@@ -195,6 +195,21 @@ def mean_losses(
             outputs = objective({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
             rows.append({name: value.item() for name, value in outputs.items()})
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+    return evaluate
+
+
+def _answers(recipe: Recipe, processor: Processor) -> Evaluate:
+    """Exact match of answers about drawn scenes; no question was ever trained."""
+    from train.scenes.evaluate import answers
+
+    assert isinstance(recipe.data, Scenes)
+    count, output = recipe.data.num_asked, Path(recipe.output)
+
+    def evaluate(objective: nn.Module, step: int) -> dict[str, float]:
+        model: Any = objective.model
+        loaded = checkpoint.Loaded(model, processor, "custom", "float32", model.device, output, [])
+        return answers(loaded, count, "validation")
 
     return evaluate
 
@@ -236,20 +251,14 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
     tokenize = tokenize_for(
         processor.tokenizer, processor.family, recipe.max_text_length, recipe.whole_captions
     )
-    evaluate = mean_losses(
-        lambda: scenes_loader(scenes, tokenize, size, split="validation"), scenes.num_validation // size
-    )
-    losses = evaluate
-
-    def losses_and_answers(objective: nn.Module) -> dict[str, float]:
-        from train.scenes.evaluate import answers
-
-        model: Any = objective.model
-        loaded = checkpoint.Loaded(model, processor, name, "float32", model.device, output, [])
-        return {**losses(objective), **answers(loaded, scenes.num_asked, "validation")}
-
+    held_out = partial(scenes_loader, scenes, tokenize, size, split="validation")
+    batches = scenes.num_validation // size
+    evaluations: list[Evaluate] = [
+        mean_losses(held_out, batches),
+        Probe(processor, partial(held_out, shared=True), batches, output),
+    ]
     if recipe.stage == 2 and scenes.num_asked:
-        evaluate = losses_and_answers
+        evaluations.append(_answers(recipe, processor))
     # On a CPU plain attention is the faster for short sequences: 1.4 times in bf16 without dropout.
     plain = sdpa_kernel(SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext()
     with plain:
@@ -259,7 +268,9 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
             recipe.fit,
             output,
             run={"recipe": name, **dataclasses.asdict(recipe)},
-            evaluate=evaluate,
+            evaluate=lambda objective, step: {
+                name: value for one in evaluations for name, value in one(objective, step).items()
+            },
             accelerator=accelerator,
             stop_requested=stop_requested,
         )
@@ -284,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RecipeError, StateError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (NonFiniteError, SaveError, OSError) as error:
+    except (NonFiniteError, CollapseError, SaveError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
