@@ -78,7 +78,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
     text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     ids = tokenizer(text.rpartition(MARK)[2].lstrip(), add_special_tokens=False)["input_ids"]
-    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return ids[0] if ids and ids[0] in special else None
 
 
 class Bridge:
@@ -148,10 +149,8 @@ class DecoderBridge(Bridge):
         OPT and models with linear biases read this from the mask by themselves.
         """
         model = self.language_model
-        if (
-            model.config.model_type == "opt"
-            or "position_ids" not in inspect.signature(model.forward).parameters
-        ):
+        takes = "position_ids" in inspect.signature(model.forward).parameters
+        if model.config.model_type == "opt" or not takes:
             return {}
         return {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0)}
 

@@ -255,10 +255,8 @@ class AutoVisionEncoder(ImageEncoder):
 
     def tokens(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
         """pixel_values: float (B, 3, S, S) -> float (B, P, V), before `post_layernorm`."""
-        other_size = pixel_values.shape[-1] != getattr(self.config, "image_size", None)
-        options = (
-            {"interpolate_pos_encoding": True} if (interpolate or other_size) and self.interpolates else {}
-        )
+        interpolate |= pixel_values.shape[-1] != getattr(self.config, "image_size", None)
+        options = {"interpolate_pos_encoding": True} if interpolate and self.interpolates else {}
         return self.model(pixel_values=pixel_values.to(self.model.dtype), **options).last_hidden_state
 
 
