@@ -246,7 +246,7 @@ def _load_model(layout: Layout, precision: str, device: torch.device) -> Blip2 |
     else:
         dtype = DTYPES[half_precision(device, layout.config.text_config.model_type)]
         if not getattr(layout.config, "quantization_config", None):
-            options["quantization_config"] = _quantization(precision, dtype, _awkward(layout, device))
+            options["quantization_config"] = quantization(precision, dtype, _awkward(layout, device))
     with quiet(progress=layout.num_parameters > SMALL):
         model, info = model_class.from_pretrained(
             layout.folder,
@@ -305,7 +305,17 @@ def _awkward(layout: Layout, device: torch.device) -> list[str]:
     ]
 
 
-def _quantization(precision: str, dtype: torch.dtype, awkward: list[str]) -> Any:
+def quantization(precision: str, dtype: torch.dtype, awkward: list[str]) -> Any:
+    """How transformers is told to load in int8 or nf4.
+
+    Args:
+        precision: one of them.
+        dtype: what else is computed in.
+        awkward: layers that stay as they are.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
     try:
         import bitsandbytes  # noqa: F401
         from transformers import BitsAndBytesConfig

@@ -43,7 +43,9 @@ class CallableVisionConfig(PreTrainedConfig):
     image_size: int = 0
 
 
-def config_class(vision: PreTrainedConfig, text: PreTrainedConfig, image_token: int | None) -> type[Any]:
+def config_class(
+    vision: PreTrainedConfig, text: PreTrainedConfig | None = None, image_token: int | None = None
+) -> type[Any]:
     """The class, and with it the model type, for an image encoder and a language model.
 
     `Blip2Config` where transformers' BLIP-2 computes the same: its encoder is EVA-CLIP's, and it puts the
@@ -51,13 +53,14 @@ def config_class(vision: PreTrainedConfig, text: PreTrainedConfig, image_token: 
 
     Args:
         vision: of the image encoder.
-        text: of the language model.
+        text: of the language model; None for stage 1.
         image_token: id of <image>; None if there is none.
     """
     eva = vision.model_type == "blip_2_vision_model"
     eva = eva and not getattr(vision, "pre_layernorm", False) and getattr(vision, "patch_bias", True)
     rows: Any = getattr(text, "vocab_size", 0)
-    return Blip2Config if eva and image_token is not None and image_token < rows else Blip2AnyConfig
+    readable = text is None or (image_token is not None and image_token < rows)
+    return Blip2Config if eva and readable else Blip2AnyConfig
 
 
 AutoConfig.register("blip2-any", Blip2AnyConfig)

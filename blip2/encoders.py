@@ -8,7 +8,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,11 @@ def register_encoder(source: str, make: Callable[[], ExternalEncoder]) -> None:
         make: gives the encoder; its weights are replaced by the checkpoint's.
     """
     _EXTERNAL[source] = make
+
+
+def registered() -> Mapping[str, Callable[[], ExternalEncoder]]:
+    """What was registered, by name."""
+    return _EXTERNAL
 
 
 def import_encoder(source: str) -> Callable[[], ExternalEncoder]:

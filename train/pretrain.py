@@ -9,6 +9,7 @@ The same command goes on where a stopped run left off. Stage 1 is Sec. 3.2 of th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import shlex
@@ -34,6 +35,7 @@ from train.loader import Loader
 from train.log import say
 from train.objectives import Objective, Stage1, Stage2
 from train.recipes import RECIPES, Recipe, RecipeError, Scenes
+from train.start import finished
 from train.start import start as start_model
 from train.state import SaveError, StateError
 from train.stop import stop_signals
@@ -109,10 +111,17 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
     prepare(objective, recipe.execution, accelerator.device)
     scenes, size = recipe.data, recipe.batch_size
     tokenize = tokenize_for(
-        processor.tokenizer, processor.family, recipe.max_text_length, recipe.whole_captions
+        processor.tokenizer, processor.family, recipe.max_text_length, recipe.whole_captions, processor.end
     )
+    if scenes.image_size != processor.image_size:
+        raise RecipeError(
+            f"data.image_size is {scenes.image_size}, the image encoder takes {processor.image_size}: make "
+            "them equal"
+        )
+    load = functools.partial(scenes_loader, scenes, tokenize, size, mean=processor.mean, std=processor.std)
     evaluate = mean_losses(
-        lambda: scenes_loader(scenes, tokenize, size, split="validation"), scenes.num_validation // size
+        lambda: load(split="validation"),
+        scenes.num_validation // size,
     )
     losses = evaluate
 
@@ -130,7 +139,7 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
     with plain:
         result = fit(
             objective,
-            scenes_loader(scenes, tokenize, size, seed=recipe.fit.seed),
+            load(seed=recipe.fit.seed),
             recipe.fit,
             output,
             run={"recipe": name, **dataclasses.asdict(recipe)},
@@ -139,9 +148,10 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
             stop_requested=stop_requested,
         )
     if result.finished and distributed.rank() == 0:
-        model: Any = objective.model
-        checkpoint.save(model.cpu().eval(), processor, output / "model")
-        say(f"saved {output / 'model'}")
+        trained: Any = objective.model
+        model, reader = finished(recipe, trained)
+        checkpoint.save(model, processor, output / "model")
+        say(f"saved {output / 'model'}" + (f"\n{reader}" if reader else ""))
     return result
 
 
