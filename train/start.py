@@ -30,7 +30,7 @@ from blip2.encoders import import_encoder, registered
 from blip2.language import Manners
 from blip2.layout import readers
 from blip2.model import Blip2
-from blip2.processing import Processor
+from blip2.processing import Family, Processor
 from blip2.qformer import QFormer
 from blip2.representation import Blip2Representation
 from blip2.vision import ImageEncoder
@@ -223,7 +223,8 @@ def _start_stage2(recipe: Recipe, stored: bool) -> tuple[Blip2, Processor]:
     precision = "stored" if stored else recipe.execution.language_precision
     language_model = load_language_model(source, precision)
     model = attach_language_model(loaded.model, language_model, tokenizer, recipe.frame)
-    seen, family = loaded.processor, "opt" if model.is_decoder_only else "t5"
+    seen = loaded.processor
+    family: Family = "opt" if model.is_decoder_only else "t5"
     processor = Processor(
         tokenizer, family=family, image_size=seen.image_size, mean=seen.mean, std=seen.std,
         num_query_tokens=model.config.num_query_tokens,
