@@ -3,12 +3,13 @@
 Encoders take 64 pixels and give tokens of width 32; language models speak the drawn world's words.
 """
 
+import json
 from pathlib import Path
 
 import tiny
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from blip2.encoders import ExternalEncoder
 from train.scenes.text import TOKEN, WORDS, build_tokenizer
@@ -50,29 +51,35 @@ def encoder(kind: str, folder: Path) -> Path:
 
 
 def tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
-    """ "qwen": nothing before a text, a chat template; "llama": <s> before it, and none; both without pad."""
-    special = {
-        "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"],
-        "llama": ["<unk>", "<s>", "</s>"],
-    }[kind]
-    words = dict.fromkeys([*special, "\n", "user", "assistant", *WORDS])
+    """ "qwen": nothing before a text, a chat template; "llama": <s> before it, no template, and no pad."""
+    if kind == "qwen":  # transformers takes Qwen's own class, whatever the folder says
+        raw = Tokenizer(models.BPE())
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet)
+        raw.train_from_iterator([f" {word} {word}" for word in (*WORDS, "user", "assistant")] * 2, trainer)
+        learned = json.loads(raw.to_str())["model"]
+        made = transformers.Qwen2Tokenizer(
+            vocab=learned["vocab"], merges=[tuple(merge) for merge in learned["merges"]],
+            eos_token="<|im_end|>", additional_special_tokens=special,
+        )  # fmt: skip
+        made.chat_template = CHAT
+        return made
+    words = dict.fromkeys(["<unk>", "<s>", "</s>", "\n", *WORDS])
     raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     raw.normalizer = normalizers.Lowercase()
     raw.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), behavior="removed", invert=True)
     raw.decoder = decoders.WordPiece(prefix="##")
-    names = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>", "<|endoftext|>"]}
-    if kind == "llama":
-        raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-        names = {"bos_token": "<s>", "eos_token": "</s>"}
-    made = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", **names)
-    made.chat_template = CHAT if kind == "qwen" else None
-    return made
+    raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, **names)
 
 
 def language_model(kind: str, folder: Path, spare: int = 6) -> Path:
     """A language model and its tokenizer; `spare` rows of the embedding table belong to no word."""
     words = build_tokenizer("t5") if kind == "t5" else tokenizer("qwen" if kind == "qwen3" else kind)
-    sizes = {**SIZES, "num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 128}
+    sizes = {**SIZES, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64, "max_position_embeddings": 128}
     sizes |= {"num_key_value_heads": 2, "vocab_size": len(words) + spare, "tie_word_embeddings": True}
     if kind == "t5":
         text = transformers.T5Config(
