@@ -155,9 +155,12 @@ class DecoderBridge(Bridge):
         return {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0)}
 
     def prompt(self, language_inputs: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """Padding stands between queries and text, or before the queries where some row has no text."""
+        """Padding stands before the queries; with OPT between them and the text, as in transformers' BLIP-2.
+
+        A window of attention counts places, padding too, and without a text the last query has to be last.
+        """
         inputs = self.join(language_inputs, input_ids, attention_mask)
-        if input_ids.shape[1] and not attention_mask.any(1).all():
+        if self.language_model.config.model_type != "opt" and not attention_mask.all():
             order = inputs["attention_mask"].argsort(dim=1, stable=True)  # padding, queries, text
             embeds = inputs["inputs_embeds"]
             inputs["inputs_embeds"] = embeds.gather(1, order[..., None].expand_as(embeds))

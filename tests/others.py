@@ -78,8 +78,16 @@ def tokenizer(kind: str) -> transformers.PreTrainedTokenizerFast:
 
 def language_model(kind: str, folder: Path, spare: int = 6) -> Path:
     """A language model and its tokenizer; `spare` rows of the embedding table belong to no word."""
-    words = build_tokenizer("t5") if kind == "t5" else tokenizer("qwen" if kind == "qwen3" else kind)
-    sizes = {**SIZES, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 64, "max_position_embeddings": 128}
+    words = (
+        build_tokenizer("t5") if kind == "t5" else tokenizer("qwen" if kind.startswith("qwen") else "llama")
+    )
+    sizes = {
+        **SIZES,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 128,
+    }
     sizes |= {"num_key_value_heads": 2, "vocab_size": len(words) + spare, "tie_word_embeddings": True}
     if kind == "t5":
         text = transformers.T5Config(
@@ -87,18 +95,14 @@ def language_model(kind: str, folder: Path, spare: int = 6) -> Path:
             feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
         )  # fmt: skip
         model = transformers.T5ForConditionalGeneration(text)
-    elif kind == "llama":
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2)
-        )
     else:
-        ends = {"bos_token_id": 0, "eos_token_id": words.eos_token_id}
-        name = {"qwen": "Qwen2", "qwen3": "Qwen3"}[kind]
-        config = getattr(transformers, f"{name}Config")(
-            **sizes, **ends, **({"head_dim": 8} if kind == "qwen3" else {})
-        )
+        name = {"qwen": "Qwen2", "qwen3": "Qwen3", "llama": "Llama", "mistral": "Mistral"}[kind]
+        own = {"qwen3": {"head_dim": 16}, "mistral": {"sliding_window": 6}}.get(kind, {})
+        ends = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+        config = getattr(transformers, f"{name}Config")(**sizes, **ends, **own)
         model = getattr(transformers, f"{name}ForCausalLM")(config)
-        model.generation_config.eos_token_id = [words.eos_token_id, 0]
+        if kind.startswith("qwen"):
+            model.generation_config.eos_token_id = [words.eos_token_id, 0]
     tiny.randomize(model)
     model.save_pretrained(folder)
     words.save_pretrained(folder)

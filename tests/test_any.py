@@ -169,9 +169,9 @@ def test_other_encoders_survive_a_folder(kind, parts, tmp_path):
 # --- decoders ---
 
 
-@pytest.fixture(scope="module", params=["qwen", "qwen3", "llama"])
+@pytest.fixture(scope="module", params=["qwen", "qwen3", "llama", "mistral"])
 def decoder(request, parts, tmp_path_factory):
-    """Stage 2 with a decoder on rotary positions, loaded; around the EVA-like encoder of `tiny`."""
+    """Stage 2 with a decoder on rotary positions, around an EVA-like encoder; Mistral has a window."""
     folder = tmp_path_factory.mktemp("decoder")
     language = parts("llama", spare=0) if request.param == "llama" else parts(request.param)
     first = trained(1, eva(folder / "eva"), folder / "one")
@@ -223,11 +223,21 @@ def test_batched_as_alone(decoder, method):
     together = generate(model, processor, images, PROMPTS, generation)
     alone = [generate(model, processor, images[i], PROMPTS[i], generation)[0] for i in range(4)]
     assert together == alone and len({text for [text] in alone}) > 1
-    text = processor.text(PROMPTS[1:])
-    logits = model(image=images[1:], **text).logits[:, -1]
-    for row in range(3):
-        single = model(image=images[row + 1], **processor.text(PROMPTS[row + 1])).logits[0, -1]
-        torch.testing.assert_close(logits[row], single, atol=1e-4, rtol=1e-4)
+
+
+def test_padding_does_not_train(decoder):
+    """Logits of captions of different lengths, padded on the right, are those of each caption alone."""
+    from train.captions import decoder_tokens
+
+    model, words, end = decoder.model, decoder.processor.tokenizer, decoder.processor.end
+    images = model.encode_image(torch.randn(2, 3, 64, 64))
+    captions = ["a red ring", "a small blue star left of a red ring"]
+    with torch.no_grad():
+        batch = decoder_tokens(words, captions, end=end)
+        together = model(image=images, **batch)
+        for row, caption in enumerate(captions):
+            alone = model(image=images[row], **decoder_tokens(words, [caption], end=end)).logits[0]
+            torch.testing.assert_close(together.logits[row, : len(alone)], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_a_conversation_keeps_its_cache(decoder):
@@ -251,8 +261,8 @@ def test_captions_end_as_the_decoder_ends(decoder):
 
     processor, text = decoder.processor, decoder.model.config.text_config
     words = processor.tokenizer
-    end = {"qwen2": "<|im_end|>", "qwen3": "<|im_end|>", "llama": "</s>"}[text.model_type]
-    start = "<s>" if text.model_type == "llama" else ""
+    end = "<|im_end|>" if text.model_type.startswith("qwen") else "</s>"
+    start = "" if text.model_type.startswith("qwen") else "<s>"
     tokenize = tokenize_for(words, processor.family, 12, end=processor.end)
     tokens = tokenize(["a red ring", "a"], np.random.default_rng(0))
     masks = tokens["attention_mask"].bool()
@@ -265,7 +275,7 @@ def test_captions_end_as_the_decoder_ends(decoder):
 
 def test_questions_stand_in_the_decoders_frame(decoder):
     framed = decoder.processor.prompt("what is it?", history=[("where?", "left")], description="a ring")
-    if decoder.model.config.text_config.model_type == "llama":
+    if not decoder.model.config.text_config.model_type.startswith("qwen"):
         assert framed == "a ring. Question: where? Answer: left. Question: what is it? Answer:"
     else:
         assert framed == (
