@@ -198,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def resume_command(arguments: Sequence[str]) -> str:
     """What to type to go on with this run."""
     launch, processes = "python", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if distributed.promised() > 1:
         launch = f"torchrun --nproc-per-node {processes}"
         if (nodes := int(os.environ.get("GROUP_WORLD_SIZE", "1"))) > 1:
             launch += f" --nnodes {nodes}"
