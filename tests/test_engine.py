@@ -24,7 +24,14 @@ from train.engine import FitConfig, NonFiniteError, fit, make_accelerator
 from train.loader import IndexLoader
 
 CONFIG = FitConfig(
-    steps=10, learning_rate=1e-2, warmup_steps=2, precision="fp32", log_every=5, save_every=5, seed=3
+    steps=10,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    precision="fp32",
+    log_every=5,
+    save_every=5,
+    seed=3,
+    trackers=(),
 )
 
 
@@ -291,7 +298,7 @@ def test_a_save_cut_short_leaves_the_last_state(whole, tmp_path, monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(state.SaveError, match=r"No space left.*step-00000005 is the last whole state"):
         fit(Toy(), loader(), CONFIG, tmp_path / "run")
     monkeypatch.undo()
     assert state.latest(tmp_path / "run").name == "step-00000005"

@@ -8,27 +8,32 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from pretraining import OPTIONS, SMALL, make_parts
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    OPTConfig,
     OPTForCausalLM,
-    T5Config,
     T5ForConditionalGeneration,
 )
 
 from blip2.checkpoint import load
-from blip2.vision import VisionTransformer
 from train import captions, pretrain, recipes, state
 from train.engine import FitConfig, fit
 from train.loader import IndexLoader
+from train.objectives import Stage1, Stage2
 from train.recipes import QFormerConfig
 from train.scenes.text import build_tokenizer
 
 CAPTIONS = ["a red ring", "a small blue star left of a green circle", "circle"]
 FIT = FitConfig(
-    steps=4, learning_rate=1e-3, warmup_steps=1, precision="fp32", log_every=2, save_every=2, keep_states=5
+    steps=4,
+    learning_rate=1e-3,
+    warmup_steps=1,
+    precision="fp32",
+    log_every=2,
+    save_every=2,
+    keep_states=5,
+    trackers=(),
 )
 
 
@@ -88,7 +93,7 @@ def test_prefix_tokens():
 
 def objective(family):
     model = tiny.ours(family)
-    return pretrain.Stage1(model) if family == "retrieval" else pretrain.Stage2(model)
+    return Stage1(model) if family == "retrieval" else Stage2(model)
 
 
 def batches(family):
@@ -201,49 +206,14 @@ def test_contradictory_recipes():
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """A tiny random image encoder and two language models, in folders as `train.scenes` writes them."""
     folder = tmp_path_factory.mktemp("parts")
-    config = tiny.config("retrieval", vision_config={"image_size": 64, "patch_size": 16}).vision_config
-    (folder / "encoder").mkdir()
-    config.to_json_file(folder / "encoder" / "config.json")
-    encoder = tiny.randomize(VisionTransformer(config))
-    half = {name: tensor.half() for name, tensor in encoder.state_dict().items()}
-    save_file(half, folder / "encoder" / "model.safetensors")
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2}
-    for family in ("opt", "t5"):
-        words = build_tokenizer(family)
-        if family == "opt":
-            text = OPTConfig(
-                vocab_size=len(words), hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, **sizes,
-                max_position_embeddings=128, pad_token_id=1, bos_token_id=2, eos_token_id=2,
-            )  # fmt: skip
-            model = OPTForCausalLM(text)
-        else:
-            text = T5Config(
-                vocab_size=len(words), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-                feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
-            )  # fmt: skip
-            model = T5ForConditionalGeneration(text)
-        model.save_pretrained(folder / family)
-        words.save_pretrained(folder / family)
+    make_parts(folder)
     return folder
-
-
-CHANGES = {
-    "steps": 4, "batch-size": 4, "log-every": 2, "save-every": 2, "eval-every": 0, "warmup-steps": 1,
-    "precision": "fp32", "max-minutes": None, "num-scenes": 40, "num-validation": 8,
-}  # fmt: skip
-OPTIONS = [f"--{name}={value}" for name, value in CHANGES.items()]
-QFORMER = QFormerConfig(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-    num_query_tokens=6, image_text_hidden_size=16,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def stage1(parts, tmp_path_factory):
     output = tmp_path_factory.mktemp("stage1") / "run"
-    small = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(QFORMER).items()]
     arguments = [
         "scenes-stage1",
         "--start-from",
@@ -251,7 +221,7 @@ def stage1(parts, tmp_path_factory):
         "--output",
         f"{output}",
         *OPTIONS,
-        *small,
+        *SMALL,
     ]
     assert pretrain.main(arguments) == 0
     return output, arguments

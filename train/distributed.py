@@ -124,6 +124,13 @@ def all_gather_object(value: T) -> list[T]:
     return values
 
 
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error of a collective says that another process has ended, or does not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    return is_distributed() and any(part in str(error) for part in ("gloo", "closed by peer", "Timed out"))
+
+
 def barrier() -> None:
     """Wait for every rank."""
     if is_distributed():

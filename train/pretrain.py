@@ -1,4 +1,4 @@
-"""Pre-training, both stages: the objectives, the models they start from, and the command.
+"""Pre-training, both stages: the models they start from, and the command.
 
     python -m train.pretrain scenes-stage1 --max-minutes 40
     torchrun --nproc-per-node 8 -m train.pretrain stage1-vitg
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -41,69 +43,13 @@ from blip2.representation import Blip2Representation
 from train import distributed
 from train.captions import scenes_loader, tokenize_for
 from train.engine import NonFiniteError, Result, fit, make_accelerator
-from train.loader import Batch, Loader
+from train.execution import prepare
+from train.loader import Loader
+from train.log import say
+from train.objectives import Objective, Stage1, Stage2
 from train.recipes import RECIPES, Recipe, RecipeError, Scenes
-from train.state import StateError
-
-# --- objectives ---
-
-
-def _image_embeds(model: Blip2Representation | Blip2, batch: Batch) -> Tensor:
-    """image_embeds (B, P, V), from pixels or from `image_hidden`, the frozen encoder's cached output."""
-    if "image_hidden" in batch:
-        norm = model.vision_model.post_layernorm  # not frozen, hence not cached
-        return norm(batch["image_hidden"].to(norm.weight.dtype))
-    return model.image_embeds(batch["pixel_values"])
-
-
-class Stage1(nn.Module):
-    """Vision-language representation learning: ITC + ITM + ITG on the global batch; the encoder is frozen."""
-
-    def __init__(self, model: Blip2Representation, objectives: Sequence[str] = ("itc", "itm", "itg")):
-        super().__init__()
-        self.model, self.objectives = model, tuple(objectives)
-        model.freeze_vision()
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses on pixel_values or image_hidden, input_ids and attention_mask of `representation_tokens`.
-
-        A loss that is not among `objectives` loses its prefix, and `fit` leaves it out of the sum.
-        """
-        losses = self.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            image_embeds=_image_embeds(self.model, batch),
-            gather=distributed.gather,
-            gather_with_grad=distributed.gather_with_grad if distributed.is_distributed() else None,
-            rank=distributed.rank(),
-        )
-        named = {
-            name if name.removeprefix("loss_") in self.objectives else name.removeprefix("loss_"): value
-            for name, value in losses.items()
-        }
-        return {**named, "temperature": self.model.temperature}
-
-
-class Stage2(nn.Module):
-    """Vision-to-language generative learning: the frozen LLM's loss on captions after the queries."""
-
-    def __init__(self, model: Blip2):
-        super().__init__()
-        self.model = model
-        model.freeze_vision()
-        model.freeze_language()
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss on pixel_values or image_hidden, and the tokens of `decoder_tokens` or `prefix_tokens`."""
-        output = self.model(
-            image=self.model.read_image(_image_embeds(self.model, batch)),
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            labels=batch["labels"],
-            check_image_tokens=False,
-        )
-        return {"loss_lm": output.loss}
-
+from train.state import SaveError, StateError
+from train.stop import stop_signals
 
 # --- models to start from ---
 
@@ -183,7 +129,7 @@ def attach_language_model(
     return model
 
 
-def start(recipe: Recipe) -> tuple[nn.Module, Processor]:
+def start(recipe: Recipe) -> tuple[Objective, Processor]:
     """The objective of a recipe over the model it starts from, and the processor saved with that model.
 
     Raises:
@@ -201,7 +147,9 @@ def start(recipe: Recipe) -> tuple[nn.Module, Processor]:
         representation = new_representation(recipe, Path(recipe.start_from), tokenizer)
         if recipe.bert is not None:
             qformer_from_bert(recipe.bert, representation)
-        return Stage1(representation, recipe.objectives), _processor(representation, tokenizer, "bert")
+        return Stage1(representation, recipe.objectives, recipe.execution.micro_batch_size), _processor(
+            representation, tokenizer, "bert"
+        )
 
     loaded = checkpoint.load(recipe.start_from, precision="float32", device="cpu")
     if not isinstance(loaded.model, Blip2Representation):
@@ -212,7 +160,9 @@ def start(recipe: Recipe) -> tuple[nn.Module, Processor]:
     family = AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM
     language_model = family.from_pretrained(recipe.language_model, dtype=torch.float32)
     model = attach_language_model(loaded.model, language_model, tokenizer)
-    return Stage2(model), _processor(model, tokenizer, "t5" if encodes else "opt")
+    return Stage2(model, recipe.execution.micro_batch_size), _processor(
+        model, tokenizer, "t5" if encodes else "opt"
+    )
 
 
 def _processor(
@@ -249,13 +199,19 @@ def mean_losses(
     return evaluate
 
 
-def run(recipe: Recipe, name: str = "custom") -> Result:
+def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool] | None = None) -> Result:
     """Train a recipe, or go on with it, and save the finished model in `recipe.output`/model.
+
+    Args:
+        recipe: what to train.
+        name: of the recipe, for the records.
+        stop_requested: see `fit`.
 
     Raises:
         RecipeError: something is missing or does not fit; nothing has been trained or written.
         StateError: the output folder belongs to another run.
         NonFiniteError: a loss was not finite.
+        SaveError: a state could not be written.
     """
     if lacking := recipe.missing():
         raise RecipeError(f"{name} cannot start; it lacks\n" + "\n".join(f"  - {line}" for line in lacking))
@@ -263,13 +219,19 @@ def run(recipe: Recipe, name: str = "custom") -> Result:
     if recipe.execution.threads is not None:
         torch.set_num_threads(recipe.execution.threads)
     output = Path(recipe.output)
-    accelerator = make_accelerator(recipe.fit.precision, trackers=recipe.fit.trackers, folder=output)
+    accelerator = make_accelerator(
+        recipe.fit.precision,
+        trackers=recipe.fit.trackers,
+        folder=output,
+        timeout_minutes=recipe.fit.timeout_minutes,
+    )
     if recipe.batch_size % distributed.world_size():
         raise RecipeError(
             f"batch_size {recipe.batch_size} is no multiple of the {distributed.world_size()} processes"
         )
     distributed.seed_everything(recipe.fit.seed)  # of new weights; DDP sends rank 0's to all
     objective, processor = start(recipe)
+    prepare(objective, recipe.execution, accelerator.device)
     scenes, size = recipe.data, recipe.batch_size
     tokenize = tokenize_for(
         processor.tokenizer, processor.family, recipe.max_text_length, recipe.whole_captions
@@ -299,11 +261,12 @@ def run(recipe: Recipe, name: str = "custom") -> Result:
             run={"recipe": name, **dataclasses.asdict(recipe)},
             evaluate=evaluate,
             accelerator=accelerator,
+            stop_requested=stop_requested,
         )
     if result.finished and distributed.rank() == 0:
         model: Any = objective.model
         checkpoint.save(model.cpu().eval(), processor, output / "model")
-        print(f"saved {output / 'model'}", flush=True)
+        say(f"saved {output / 'model'}")
     return result
 
 
@@ -316,14 +279,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         choices, prog="python -m train.pretrain", args=arguments, config=flat
     )
     try:
-        run(recipe, arguments[0])
+        with stop_signals() as stop_requested:
+            result = run(recipe, arguments[0], stop_requested)
     except (RecipeError, StateError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except NonFiniteError as error:
+    except (NonFiniteError, SaveError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not distributed.is_lost(error):
+            raise
+        print(
+            f"error: rank {distributed.rank()} lost another process ({error}); the last saved state is "
+            f"whole; to go on:\n{resume_command(arguments)}",
+            file=sys.stderr,
+        )
+        return 1
+    if not result.finished and distributed.rank() == 0:
+        say(f"to go on:\n{resume_command(arguments)}")
     return 0
+
+
+def resume_command(arguments: Sequence[str]) -> str:
+    """What to type to go on with this run."""
+    launch, processes = "python", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        launch = f"torchrun --nproc-per-node {processes}"
+        if (nodes := int(os.environ.get("GROUP_WORLD_SIZE", "1"))) > 1:
+            launch += f" --nnodes {nodes}"
+    return f"{launch} -m train.pretrain {shlex.join(arguments)}"
 
 
 if __name__ == "__main__":
