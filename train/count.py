@@ -1,38 +1,38 @@
-"""What one training step computes and keeps in memory, counted on the real modules without any data.
+"""What one training step computes and keeps in memory, counted on the real objectives without any data.
 
-The full-size modules are built on torch's meta device and run, forward and backward, on fake tensors: shapes
-and types are real, numbers are not, so this takes seconds and next to no memory. Every operation is seen as it
-passes: `torch.utils.flop_counter` adds up products, `Live` the bytes that exist at any moment. `AsOnGpu` makes
+The full-size model is built on torch's meta device, and a whole step of a stage's objective, its accumulation
+and its gathers included, runs on fake tensors in a fake process group: shapes and types are real, numbers are
+not, so this takes seconds and next to no memory. Every operation is seen as it passes:
+`torch.utils.flop_counter` adds up products, `Live` the bytes that exist at any moment. `_as_on_gpu` makes
 the CPU's fake tensors take the path of a GPU under autocast: memory-efficient attention, and layer norms,
 softmaxes and losses in float32.
 
-Not seen: the optimizer's own memory and the allocator's waste, which `train.plan` adds.
+Not seen: the optimizer, what libraries set aside, and the allocator's waste, which `train.plan` adds.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
 import weakref
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from blip2.model import Blip2
-from blip2.representation import Blip2Representation
+from train.objectives import Objective
 
-FLOAT32 = (F.layer_norm, F.cross_entropy, F.softmax, torch.softmax, F.normalize)  # of autocast on CUDA
+FLOAT32 = ("layer_norm", "cross_entropy", "softmax", "normalize")  # by autocast on CUDA
 
 
 @dataclass(frozen=True)
@@ -40,39 +40,158 @@ class Counts:
     """One process's share of a step.
 
     Attributes:
-        forward: floating-point operations forward, all pairs.
-        total: forward and backward, recomputation included.
-        kept: bytes alive between forward and backward, weights apart.
-        peak: the most bytes alive at a time, weights apart, gradients included.
+        parts: micro batches.
+        before: floating-point operations before the first of them: the image encoder, and the features of all
+            pairs where there are several.
+        each: of a micro batch, forward and backward, recomputation included.
+        peak: the most bytes alive at a time: pixels, activations, gradients, temporary values; no weights.
     """
 
-    forward: float
-    total: float
-    kept: float
+    parts: int
+    before: float
+    each: float
     peak: float
 
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the step on this process."""
+        return self.before + self.parts * self.each
 
-class AsOnGpu(TorchFunctionMode):
-    """Lets fake CPU tensors under autocast behave as on a GPU.
+
+def count(
+    objective: Objective,
+    batch: dict[str, Tensor],
+    *,
+    processes: int = 1,
+    precision: torch.dtype = torch.bfloat16,
+    fused: bool = True,
+) -> Counts:
+    """Take one step without numbers.
 
     Args:
-        fused: memory-efficient attention; False multiplies out every attention matrix, as before torch 2.
+        objective: on the meta device; its weights become fake ones.
+        batch: one process's, of the meta device, as a loader gives it.
+        processes: of the run.
+        precision: of autocast; float32 does without.
+        fused: memory-efficient attention; False multiplies out every attention matrix, as was done before.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        objective._apply(_fake)
+        batch = {name: _fake(value) for name, value in batch.items()}
+    autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
+    weights = [*objective.parameters(), *objective.buffers()]
+    with _processes(processes), _as_on_gpu(fused), torch.random.fork_rng(devices=[]), mode:
+        with FlopCounterMode(display=False) as flops, Live(weights) as live:
+            for value in batch.values():
+                live.add(value)
+            with autocast:
+                parts = objective.split(batch, step=0)
+            number, before = len(parts), flops.get_total_flops()
+            for part in parts[:2]:  # the second meets the first one's gradients; the rest are like it
+                with autocast:
+                    values = objective(part)
+                    loss = torch.stack([v for name, v in values.items() if name.startswith("loss")]).sum()
+                live.backward = True
+                loss.backward()  # type: ignore[no-untyped-call]
+                live.backward = False
+                del loss, values
+            each = (flops.get_total_flops() - before) / len(parts[:2])
+            del parts, part
+    objective.zero_grad(set_to_none=True)
+    return Counts(number, before, each, live.peak)
+
+
+class Live(TorchDispatchMode):
+    """The bytes that tensors hold, now and at most; a view holds none of its own.
+
+    Args:
+        known: tensors that do not count, such as weights.
+
+    Attributes:
+        backward: set in the backward pass: what recomputed layers leave to Python's garbage collector there
+            is collected before a new peak counts.
     """
 
-    def __init__(self, fused: bool = True):
+    def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__()
-        self.fused = fused
+        self.now = self.peak = 0
+        self.backward = False
+        self._seen: Any = weakref.WeakKeyDictionary()
+        for tensor in known:
+            self._seen[tensor.untyped_storage()] = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return (_fused if self.fused else _plain)(*args, **kwargs)
-        if func in FLOAT32:
-            args = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        return func(*args, **kwargs)
+    def __enter__(self) -> Live:
+        gc.collect()
+        gc.freeze()  # what is here already is not looked through again, which makes collecting quick
+        super().__enter__()
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        super().__exit__(*reason)
+        gc.unfreeze()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return out
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's memory, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        if storage in self._seen:
+            return
+        size = self._seen[storage] = storage.nbytes()
+        self.now += size
+        weakref.finalize(storage, self._free, size)
+        if self.backward and self.now > 1.01 * self.peak:
+            gc.collect()
+        self.peak = max(self.peak, self.now)
+
+    def _free(self, size: int) -> None:
+        self.now -= size
 
 
-def _sixteen_bits(x: Tensor) -> Tensor:
+def _fake(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+@contextmanager
+def _processes(number: int) -> Iterator[None]:
+    """A process group whose other processes exist in name only."""
+    if number == 1:
+        yield
+        return
+    if dist.is_initialized():
+        raise RuntimeError("a step is counted in a process of its own: start the plan without torchrun")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _as_on_gpu(fused: bool) -> Iterator[None]:
+    changed: dict[str, Any] = {name: _in_float32(getattr(F, name)) for name in FLOAT32}
+    changed["scaled_dot_product_attention"] = _fused if fused else _plain
+    drawn = mock.patch.object(torch, "randint", lambda *args, **options: 0)  # a seed: no number to be had
+    with mock.patch.multiple(F, **changed), drawn:
+        yield
+
+
+def _in_float32(function: Any) -> Any:
+    def computed(*args: Any, **options: Any) -> Any:
+        wide = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+        return function(*wide, **options)
+
+    return computed
+
+
+def _narrow(x: Tensor) -> Tensor:
+    """What autocast makes of an operand."""
     lower = torch.is_autocast_enabled("cpu") and x.dtype == torch.float32
     return x.to(torch.get_autocast_dtype("cpu")) if lower else x
 
@@ -87,7 +206,7 @@ def _fused(
     scale: float | None = None,
     **options: Any,
 ) -> Tensor:
-    query, key, value = (_sixteen_bits(x) for x in (query, key, value))
+    query, key, value = (_narrow(x) for x in (query, key, value))
     if attn_mask is not None:
         bias = torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask = bias.expand(*query.shape[:-1], key.shape[-2])
@@ -105,218 +224,13 @@ def _plain(
     dropout_p: float = 0.0,
     **options: Any,
 ) -> Tensor:
-    scores = torch.matmul(query, key.transpose(-1, -2)) / 8.0  # the number does not matter
+    scores = torch.matmul(query, key.transpose(-1, -2)) / 8.0  # any number will do
     if attn_mask is not None:
         scores = scores + torch.zeros_like(attn_mask, dtype=scores.dtype)
     weights = F.dropout(F.softmax(scores, -1), dropout_p)
-    return torch.matmul(_sixteen_bits(weights), value)
+    return torch.matmul(_narrow(weights), value)
 
 
-class Live(TorchDispatchMode):
-    """The bytes that tensors hold, now and at most; a view holds none of its own.
-
-    Args:
-        known: tensors that do not count, such as weights.
-    """
-
-    def __init__(self, known: Iterable[Tensor] = ()):
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: Any = weakref.WeakKeyDictionary()
-        for tensor in known:
-            self._seen[tensor.untyped_storage()] = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self.add(tensor)
-        return out
-
-    def add(self, tensor: Tensor) -> None:
-        """Count a tensor's memory, once, until it is freed."""
-        storage = tensor.untyped_storage()
-        if storage in self._seen:
-            return
-        size = self._seen[storage] = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._free, size)
-
-    def _free(self, size: int) -> None:
-        self.now -= size
-
-
-class _Gather(torch.autograd.Function):
-    """The shapes of a gather over processes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: int) -> Tensor:
-        ctx.rows = len(x)
-        return x.new_empty(rows, *x.shape[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad[: ctx.rows].clone(), None
-
-
-def as_fake(model: nn.Module) -> FakeTensorMode:
-    """Give a model of the meta device fake weights; the mode to use it under."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        model._apply(lambda weight: torch.empty(weight.shape, dtype=weight.dtype))
-    return mode
-
-
-def checkpoint_layers(model: nn.Module) -> None:
-    """Let Q-Former and language model compute every layer again in the backward pass.
-
-    In place, layer by layer and whether in training mode or not: a frozen language model stays in eval mode, in
-    which transformers' own switch does nothing.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and name.startswith(("qformer.", "language_model.")):
-            for layer in module:
-                if any(True for _ in layer.children()) and not isinstance(layer, nn.ModuleList):
-                    layer.forward = functools.partial(  # type: ignore[method-assign]
-                        checkpoint,
-                        layer.forward,
-                        use_reentrant=False,
-                        context_fn=_recomputing,
-                    )
-
-
-def _recomputing() -> tuple[Any, Any]:
-    return nullcontext(), _Recomputing()
-
-
-class _Recomputing(AsOnGpu):
-    """Backward runs outside of the outer mode; and on fake tensors a layer's ends are freed by gc alone."""
-
-    def __enter__(self) -> _Recomputing:
-        gc.collect()
-        super().__enter__()
-        return self
-
-
-def count(
-    model: nn.Module,
-    mode: FakeTensorMode,
-    run: Callable[[], Tensor],
-    *,
-    precision: torch.dtype = torch.bfloat16,
-    fused: bool = True,
-) -> Counts:
-    """Run a computation on fake tensors, and backward from the scalar that it returns if it has a gradient.
-
-    Args:
-        model: whose weights do not count as memory.
-        mode: of `as_fake`.
-        run: the computation.
-        precision: of autocast; float32 does without.
-        fused: see `AsOnGpu`.
-    """
-    model.zero_grad(set_to_none=True)
-    autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
-    weights = [*model.parameters(), *model.buffers()]
-    gc.collect()
-    gc.freeze()  # what is here already is not looked through again, which makes `_Recomputing` quick
-    with mode, AsOnGpu(fused), autocast, FlopCounterMode(display=False) as flops, Live(weights) as live:
-        loss = run()
-        forward, kept = flops.get_total_flops(), live.now
-        if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
-        counts = Counts(forward, flops.get_total_flops(), kept, live.peak)
-        del loss
-    gc.unfreeze()
-    model.zero_grad(set_to_none=True)
-    return counts
-
-
-def encode(model: Blip2Representation | Blip2, pairs: int) -> Callable[[], Tensor]:
-    """The frozen image encoder on `pairs` images."""
-    size = model.config.vision_config.image_size
-
-    def run() -> Tensor:
-        with torch.no_grad():
-            return model.vision_model.encode(torch.empty(pairs, 3, size, size)).sum()
-
-    return run
-
-
-def hidden(model: Blip2Representation | Blip2, pairs: int, precision: torch.dtype) -> Tensor:
-    """What the encoder hands on: float (pairs, P, V)."""
-    vision = model.config.vision_config
-    tokens = (vision.image_size // vision.patch_size) ** 2 + 1
-    return torch.empty(pairs, tokens, vision.hidden_size, dtype=precision)
-
-
-def stage1(
-    model: Blip2Representation,
-    pairs: int,
-    *,
-    global_pairs: int,
-    text_length: int,
-    precision: torch.dtype = torch.bfloat16,
-) -> Callable[[], Tensor]:
-    """ITC + ITM + ITG of `pairs` of the `global_pairs`, from the encoder's output on."""
-
-    def run() -> Tensor:
-        ids = torch.zeros(pairs, text_length, dtype=torch.long)
-        first = torch.zeros(pairs, dtype=torch.long)
-        losses = model(
-            image_embeds=model.vision_model.post_layernorm(hidden(model, pairs, precision)),
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            gather=lambda x: x.new_empty(global_pairs, *x.shape[1:]),
-            gather_with_grad=lambda x: _Gather.apply(x, global_pairs),
-            sample_negatives=lambda i2t, t2i, positive: (first, first),
-        )
-        return torch.stack(list(losses.values())).sum()
-
-    return run
-
-
-def features(
-    model: Blip2Representation, pairs: int, *, text_length: int, precision: torch.dtype = torch.bfloat16
-) -> Callable[[], Tensor]:
-    """The features of `pairs` without gradients: the extra pass of a step in several micro batches."""
-
-    def run() -> Tensor:
-        ids = torch.zeros(pairs, text_length, dtype=torch.long)
-        with torch.no_grad():
-            image = model.read_image(model.vision_model.post_layernorm(hidden(model, pairs, precision)))
-            assert image.query_output is not None
-            text = model.text_feats(ids, torch.ones_like(ids))
-            return model.image_feats(image.query_output).sum() + text.sum()
-
-    return run
-
-
-def stage2(
-    model: Blip2,
-    pairs: int,
-    *,
-    text_length: int,
-    target_length: int | None = None,
-    precision: torch.dtype = torch.bfloat16,
-) -> Callable[[], Tensor]:
-    """The frozen language model's loss, from the encoder's output on.
-
-    Args:
-        model: with both frozen parts frozen.
-        pairs: of one micro batch.
-        text_length: tokens behind the queries.
-        target_length: tokens of the decoder, where the language model has an encoder too.
-        precision: of the encoder's output.
-    """
-
-    def run() -> Tensor:
-        ids = torch.zeros(pairs, text_length, dtype=torch.long)
-        labels = torch.zeros(pairs, target_length or text_length, dtype=torch.long)
-        image = model.read_image(model.vision_model.post_layernorm(hidden(model, pairs, precision)))
-        mask = torch.ones_like(ids)
-        options = {"check_image_tokens": False, "use_cache": False}
-        return model(image=image, input_ids=ids, attention_mask=mask, labels=labels, **options).loss
-
-    return run
+def parameters(module: nn.Module, trained: bool) -> int:
+    """How many numbers a module trains, or keeps frozen."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad == trained)
