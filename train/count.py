@@ -81,23 +81,29 @@ def count(
         batch = {name: _fake(value) for name, value in batch.items()}
     autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
     weights = [*objective.parameters(), *objective.buffers()]
-    with _processes(processes), _as_on_gpu(fused), torch.random.fork_rng(devices=[]), mode:
-        with FlopCounterMode(display=False) as flops, Live(weights) as live:
-            for value in batch.values():
-                live.add(value)
+    with (
+        _processes(processes),
+        _as_on_gpu(fused),
+        torch.random.fork_rng(devices=[]),
+        mode,
+        FlopCounterMode(display=False) as flops,
+        Live(weights) as live,
+    ):
+        for value in batch.values():
+            live.add(value)
+        with autocast:
+            parts = objective.split(batch, step=0)
+        number, before = len(parts), flops.get_total_flops()
+        for part in parts[:2]:  # the second meets the first one's gradients; the rest are like it
             with autocast:
-                parts = objective.split(batch, step=0)
-            number, before = len(parts), flops.get_total_flops()
-            for part in parts[:2]:  # the second meets the first one's gradients; the rest are like it
-                with autocast:
-                    values = objective(part)
-                    loss = torch.stack([v for name, v in values.items() if name.startswith("loss")]).sum()
-                live.backward = True
-                loss.backward()  # type: ignore[no-untyped-call]
-                live.backward = False
-                del loss, values
-            each = (flops.get_total_flops() - before) / len(parts[:2])
-            del parts, part
+                values = objective(part)
+                loss = torch.stack([v for name, v in values.items() if name.startswith("loss")]).sum()
+            live.backward = True
+            loss.backward()
+            live.backward = False
+            del loss, values
+        each = (flops.get_total_flops() - before) / len(parts[:2])
+        del parts, part
     objective.zero_grad(set_to_none=True)
     return Counts(number, before, each, live.peak)
 
