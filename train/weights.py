@@ -3,9 +3,9 @@
     python -m train.pretrain stage1-vitg --fetch      or      python -m train.weights stage1-vitg
 
 A recipe names folders, `weights/vitg` and such. Each is written whole or not at all, in the form that
-training reads: an image encoder as config.json and model.safetensors under `VisionTransformer`'s names, cut to the
-blocks that BLIP-2 uses; a language model as transformers has it, in safetensors, in the precision that it is
-frozen in. Downloads go on where they broke off. What arrives is checked: the Hub's files against their
+training reads: an image encoder as config.json and model.safetensors under `VisionTransformer`'s names, cut
+to the blocks that BLIP-2 uses; a language model as transformers has it, in safetensors, in the precision that
+it is frozen in. Downloads go on where they broke off. What arrives is checked: the Hub's files against their
 SHA-256, LAVIS's against the length and MD5 that their server states, and all of them for names, shapes and
 finite values against the configuration built from the code.
 """
