@@ -10,9 +10,9 @@ import tiny
 import torch
 import tyro
 
-from train import count, plan, recipes, shapes
+from train import count, execution, plan, recipes, shapes
 from train.objectives import Stage1, Stage2
-from train.recipes import RECIPES, Execution, RecipeError
+from train.recipes import RECIPES, Execution, QFormerConfig, RecipeError
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINED = {
@@ -62,37 +62,42 @@ def measured(objective, batch):
 
 
 @pytest.mark.parametrize(
-    ("family", "micro"), [("retrieval", None), ("retrieval", 32), ("opt", None), ("t5", 32)]
+    ("family", "micro", "again"),
+    [("retrieval", None, False), ("retrieval", 32, True), ("opt", 32, False), ("t5", None, True)],
 )
-def test_counted_memory_is_what_a_real_step_takes(family, micro):
+def test_counted_memory_is_what_a_real_step_takes(family, micro, again):
     objective, batch = step_of(family, 64, micro)
+    if again:
+        language = getattr(objective.model, "language_model", None)
+        layers = objective.model.qformer.encoder.layers
+        execution.recompute(layers + (execution.blocks(language) if language is not None else []))
     real = measured(objective, batch) + sum(t.untyped_storage().nbytes() for t in batch.values())
     with torch.device("meta"):
         empty = {name: torch.empty_like(value, device="meta") for name, value in batch.items()}
     objective.zero_grad()
     found = count.count(objective.to("meta"), empty, precision=torch.float32, fused=False)
     assert found.parts == (2 if micro else 1)
-    assert found.peak == pytest.approx(real, rel=0.05)
+    assert found.peak == pytest.approx(real, rel=0.02)
 
 
-def test_live_sees_what_is_alive():
-    with count.Live() as live:
+def test_meter_sees_what_is_alive():
+    with count.Meter() as meter:
         a = torch.empty(1000)
         b = a + 1
         a.add_(1)
         view = b[:10]
         del a
-        assert (live.now, live.peak) == (4000, 8000)
+        assert (meter.now, meter.peak) == (4000, 8000)
         del b
-        assert live.now == 4000  # the view holds it
+        assert meter.now == 4000  # the view holds it
         del view
-    assert (live.now, live.peak) == (0, 8000)
+    assert (meter.now, meter.peak) == (0, 8000)
 
 
 def test_work_of_stage1():
     """ViT-g takes 260.4 GMAC an image; recomputing adds at most a forward pass to three."""
-    recipe = recipes.stage1_vitg()
-    rows = 4
+    recipe, rows = recipes.stage1_vitg(), 4
+    recipe = dataclasses.replace(recipe, qformer=QFormerConfig(num_hidden_layers=3))  # for time's sake
     batch = shapes.batch(recipe, rows)
     found = count.count(shapes.build(recipe, Execution(vision_precision="bfloat16")), batch, processes=8)
     assert found.before / rows / 2 == pytest.approx(260.4e9, rel=1e-3)
@@ -151,6 +156,14 @@ def test_trained_parameters(name):
     assert plan.sizes(RECIPES[name]())["trained"] == TRAINED[name]
 
 
+def parsed(command):
+    """The recipe that a plan's command line starts, by the command's own parser."""
+    words = command.split(" -m train.pretrain ")[1].split()
+    choices = {name: ("", make()) for name, make in RECIPES.items()}
+    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
+    return tyro.extras.overridable_config_cli(choices, args=words, config=flat)
+
+
 def test_stage1_fits_the_papers_machines():
     """105 pairs a GPU on 16 A100s of 40 GB, as the paper had it."""
     found = plan.plan(recipes.stage1_vitg(), "stage1-vitg", nodes=2)
@@ -161,19 +174,13 @@ def test_stage1_fits_the_papers_machines():
     assert 0.9 < found.flops_per_pair / 0.761e12 < 1.0
     slow = dataclasses.replace(found, seconds=found.counts.flops / (312e12 * 0.124))
     assert 5 < slow.days < 6
+    assert parsed(found.command).execution == found.execution
     text = str(found)
     assert text.startswith("stage1-vitg: computed, not measured") and "186,705,470 trained" in text
     assert text.endswith(found.command)
 
 
-def parsed(command):
-    """The recipe that a plan's command line starts, by the command's own parser."""
-    words = command.split(" -m train.pretrain ")[1].split()
-    choices = {name: ("", make()) for name, make in RECIPES.items()}
-    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
-    return tyro.extras.overridable_config_cli(choices, args=words, config=flat)
-
-
+@pytest.mark.long
 def test_small_machines_take_micro_batches():
     found = plan.plan(recipes.stage2_opt_2_7b(), "stage2-opt-2-7b", gpus=4, gpu_memory=24, mfu=0.2)
     assert found.counts.parts * found.execution.micro_batch_size == 1920 // 4
@@ -183,6 +190,7 @@ def test_small_machines_take_micro_batches():
     assert found.command.startswith("torchrun --nproc-per-node 4 --standalone")
 
 
+@pytest.mark.long
 def test_a_model_that_does_not_fit_is_split_or_refused():
     recipe = recipes.stage2_opt_2_7b()
     base = dataclasses.replace(recipe.execution, checkpointing=True, micro_batch_size=2)
@@ -237,7 +245,7 @@ def test_the_page_has_a_plan_for_every_recipe():
 
 
 def test_a_plan_on_the_page_is_the_commands():
-    assert plan.row("stage2-opt-2-7b", 2, 80) in rows()
+    assert plan.row("stage2-opt-2-7b-vitl", 2, 80) in rows()
 
 
 @pytest.mark.long

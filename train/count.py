@@ -2,8 +2,9 @@
 
 The full-size model is built on torch's meta device, and a whole step of a stage's objective, its accumulation
 and its gathers included, runs on fake tensors in a fake process group: shapes and types are real, numbers are
-not, so this takes seconds and next to no memory. Every operation is seen as it passes:
-`torch.utils.flop_counter` adds up products, `Live` the bytes that exist at any moment. `_as_on_gpu` makes
+not, so this takes seconds and next to no memory. `Meter` sees every operation as it passes, and adds up
+products, by the formulas of `torch.utils.flop_counter`, and the bytes that exist at any moment; that counter
+itself keeps the graphs of recomputed layers, and with them their memory, alive. `_as_on_gpu` makes
 the CPU's fake tensors take the path of a GPU under autocast: memory-efficient attention, and layer norms,
 softmaxes and losses in float32.
 
@@ -12,7 +13,6 @@ Not seen: the optimizer, what libraries set aside, and the allocator's waste, wh
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from train.objectives import Objective
 
@@ -86,75 +86,58 @@ def count(
         _as_on_gpu(fused),
         torch.random.fork_rng(devices=[]),
         mode,
-        FlopCounterMode(display=False) as flops,
-        Live(weights) as live,
+        Meter(weights) as meter,
     ):
         for value in batch.values():
-            live.add(value)
+            meter.add(value)
         with autocast:
             parts = objective.split(batch, step=0)
-        number, before = len(parts), flops.get_total_flops()
+        number, before = len(parts), meter.flops
         for part in parts[:2]:  # the second meets the first one's gradients; the rest are like it
             with autocast:
                 values = objective(part)
                 loss = torch.stack([v for name, v in values.items() if name.startswith("loss")]).sum()
-            live.backward = True
             loss.backward()
-            live.backward = False
             del loss, values
-        each = (flops.get_total_flops() - before) / len(parts[:2])
+        each = (meter.flops - before) / len(parts[:2])
         del parts, part
     objective.zero_grad(set_to_none=True)
-    return Counts(number, before, each, live.peak)
+    return Counts(number, before, each, meter.peak)
 
 
-class Live(TorchDispatchMode):
-    """The bytes that tensors hold, now and at most; a view holds none of its own.
+class Meter(TorchDispatchMode):
+    """Sees every operation: adds up products, and the bytes that tensors hold, now and at most.
 
     Args:
         known: tensors that do not count, such as weights.
-
-    Attributes:
-        backward: set in the backward pass: what recomputed layers leave to Python's garbage collector there
-            is collected before a new peak counts.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__()
-        self.now = self.peak = 0
-        self.backward = False
+        self.flops = self.now = self.peak = 0
         self._seen: Any = weakref.WeakKeyDictionary()
         for tensor in known:
             self._seen[tensor.untyped_storage()] = 0
 
-    def __enter__(self) -> Live:
-        gc.collect()
-        gc.freeze()  # what is here already is not looked through again, which makes collecting quick
-        super().__enter__()
-        return self
-
-    def __exit__(self, *reason: Any) -> None:
-        super().__exit__(*reason)
-        gc.unfreeze()
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
         return out
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor's memory, once, until it is freed."""
+        """Count a tensor's memory, once, until it is freed; a view has none of its own."""
         storage = tensor.untyped_storage()
         if storage in self._seen:
             return
         size = self._seen[storage] = storage.nbytes()
         self.now += size
-        weakref.finalize(storage, self._free, size)
-        if self.backward and self.now > 1.01 * self.peak:
-            gc.collect()
         self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, size)
 
     def _free(self, size: int) -> None:
         self.now -= size

@@ -133,7 +133,8 @@ def write_text_model(
         if config.model_type == "t5":
             settings["dense_act_fn"] = config.dense_act_fn  # LAVIS runs Flan-T5 with the exact GELU
         if precision is not None:
-            settings["torch_dtype"] = str(precision).removeprefix("torch.")
+            settings.pop("torch_dtype", None)  # its name before transformers 5
+            settings["dtype"] = str(precision).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -195,7 +195,7 @@ def _check_room(lacking: dict[Path, Weights]) -> None:
     free = shutil.disk_usage(here).free / 1e9
     if free < needed:
         raise RecipeError(
-            f"the weights need up to {needed:.0f} GB on the disk of {here}; {free:.0f} GB are free"
+            f"the weights need up to {needed:.1f} GB on the disk of {here}; {free:.1f} GB are free"
         )
 
 
