@@ -1,4 +1,4 @@
-"""The scripts under examples/slurm: they parse, name what exists, and start, stop and queue again as they say."""
+"""The scripts under examples/slurm: they parse, name what exists, start, stop and queue again as they say."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from train.recipes import RECIPES
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "slurm"
 SCRIPTS = sorted(FOLDER.glob("*"))
 STUBS = {
-    "srun": 'echo "srun $*" >> log; shift; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" || exit $?; done',
+    "srun": 'shift; for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" || exit $?; done',
     "scontrol": 'echo "scontrol $*" >> log; echo node-1; echo node-2',
     "python": 'echo "rank $RANK of $WORLD_SIZE at $MASTER_ADDR: $*" >> log; eval "$TRAINING"',
     "torchrun": 'echo "torchrun $*" >> log',
