@@ -154,6 +154,19 @@ def parse_config(raw: dict[str, Any], source: Path | str) -> Blip2Config:
     return config
 
 
+def readers(config: Blip2Config) -> str:
+    """One sentence on who reads a folder, if it is not transformers too; else ""."""
+    if config.model_type != "blip2-any":
+        return ""
+    vision: Any = config.vision_config
+    kind = {"blip_2_vision_model": "CLIP as LAVIS has it"}.get(vision.model_type, vision.model_type)
+    kind = f"the function {vision.source}" if vision.model_type == "blip2_callable" else kind
+    return (
+        f"Model type blip2-any (image encoder: {kind}; language model: {config.text_config.model_type}): "
+        "transformers' BLIP-2 cannot express this model and refuses its folder; the package blip2 reads it."
+    )
+
+
 def check_config(config: Blip2Config, source: Path | str = "config") -> None:
     """Hold a configuration to itself.
 

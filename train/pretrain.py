@@ -1,4 +1,4 @@
-"""Pre-training, both stages: the models they start from, and the command.
+"""Pre-training, both stages: the command.
 
     python -m train.pretrain scenes-stage1 --max-minutes 40
     torchrun --nproc-per-node 8 -m train.pretrain stage1-vitg
@@ -15,118 +15,31 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    Blip2Config,
-    Blip2VisionConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from blip2 import checkpoint
-from blip2.convert import qformer_from_bert
 from blip2.model import Blip2
-from blip2.processing import Family, Processor
-from blip2.qformer import QFormer
-from blip2.representation import Blip2Representation
+from blip2.processing import Processor
 from train import distributed
 from train.captions import scenes_loader, tokenize_for
-from train.engine import NonFiniteError, Result, fit, make_accelerator
+from train.engine import Evaluate, NonFiniteError, Result, fit, make_accelerator
 from train.execution import prepare
 from train.loader import Loader
 from train.log import say
 from train.objectives import Objective, Stage1, Stage2
+from train.probe import Probe
 from train.recipes import RECIPES, Recipe, RecipeError, Scenes
+from train.start import finished
+from train.start import start as start_model
 from train.state import SaveError, StateError
-from train.stop import stop_signals
-
-# --- models to start from ---
-
-
-def new_representation(
-    recipe: Recipe, vision: Path, tokenizer: PreTrainedTokenizerBase
-) -> Blip2Representation:
-    """A stage-1 model with random weights around a pretrained image encoder.
-
-    Args:
-        recipe: gives the Q-Former's sizes.
-        vision: folder with the encoder's config.json and model.safetensors, named as `VisionTransformer`'s.
-        tokenizer: BERT-like; its bos token is [DEC], the last row of the embedding table.
-    """
-    sizes = dataclasses.asdict(recipe.qformer)
-    num_query_tokens, projection = sizes.pop("num_query_tokens"), sizes.pop("image_text_hidden_size")
-    dropout = sizes.pop("dropout")
-    vision_config = Blip2VisionConfig.from_json_file(vision / "config.json")
-    start: Any = tokenizer.bos_token_id
-    if start is None:
-        raise RecipeError(f"{recipe.tokenizer}: the tokenizer has no bos token; stage 1 wants [DEC] as one")
-    config = Blip2Config(
-        vision_config=vision_config.to_dict(),
-        qformer_config={
-            **sizes,
-            "hidden_dropout_prob": dropout,
-            "attention_probs_dropout_prob": dropout,
-            "encoder_hidden_size": vision_config.hidden_size,
-            "vocab_size": start + 1,
-            "pad_token_id": tokenizer.pad_token_id,
-            "use_qformer_text_input": True,
-        },
-        num_query_tokens=num_query_tokens,
-        image_text_hidden_size=projection,
-        image_token_index=tokenizer.get_vocab().get("<image>"),
-    )
-    config.decoder_start_token_id = start
-    model = Blip2Representation(config)
-    weights = load_file(vision / "model.safetensors")
-    model.vision_model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return model
-
-
-def attach_language_model(
-    representation: Blip2Representation, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Blip2:
-    """A stage-2 model: image encoder, queries and query path of stage 1, a fresh projection, and the given
-    LLM.
-
-    Stage 1's text half and heads are dropped. As in the released models, a decoder ends with the line break
-    that its captions end with, and an encoder without a prompt reads </s>.
-    """
-    text: Any = language_model.config
-    if text.is_encoder_decoder:
-        text.bos_token_id = text.eos_token_id
-    else:
-        (newline,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
-        text.eos_token_id = newline
-        if language_model.generation_config is not None:
-            language_model.generation_config.eos_token_id = newline
-    old: Any = representation.config
-    config: Any = type(old)(
-        vision_config=old.vision_config.to_dict(),
-        qformer_config={**old.qformer_config.to_dict(), "use_qformer_text_input": False},
-        text_config=text.to_dict(),
-        num_query_tokens=old.num_query_tokens,
-        image_token_index=tokenizer.get_vocab().get("<image>"),
-    )
-    with torch.device("meta"):  # the language model is large, and every part is replaced
-        model = Blip2(config)
-    model.vision_model, model.query_tokens = representation.vision_model, representation.query_tokens
-    model.qformer = QFormer(config.qformer_config)
-    trained = representation.qformer.state_dict()
-    model.qformer.load_state_dict({name: trained[name] for name in model.qformer.state_dict()})
-    model.language_projection = nn.Linear(config.qformer_config.hidden_size, text.hidden_size)
-    model.language_model = language_model
-    return model
+from train.stop import CollapseError, stop_signals
 
 
 def start(recipe: Recipe) -> tuple[Objective, Processor]:
@@ -135,50 +48,13 @@ def start(recipe: Recipe) -> tuple[Objective, Processor]:
     Raises:
         RecipeError: what the recipe starts from does not fit it.
     """
-    if recipe.stage == 1:
-        if recipe.tokenizer is None:
-            from train.scenes.text import build_tokenizer
-
-            tokenizer: Any = build_tokenizer("bert")
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
-            if tokenizer.bos_token is None:  # BERT's: LAVIS adds [DEC], the token that starts a caption
-                tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-        representation = new_representation(recipe, Path(recipe.start_from), tokenizer)
-        if recipe.bert is not None:
-            qformer_from_bert(recipe.bert, representation)
-        return Stage1(representation, recipe.objectives, recipe.execution.micro_batch_size), _processor(
-            representation, tokenizer, "bert"
-        )
-
-    loaded = checkpoint.load(recipe.start_from, precision="float32", device="cpu")
-    if not isinstance(loaded.model, Blip2Representation):
-        raise RecipeError(f"{recipe.start_from} is no stage-1 model; stage 2 starts from one")
-    assert recipe.language_model is not None
-    tokenizer = AutoTokenizer.from_pretrained(recipe.language_model)
-    encodes = AutoConfig.from_pretrained(recipe.language_model).is_encoder_decoder
-    family = AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM
-    language_model = family.from_pretrained(recipe.language_model, dtype=torch.float32)
-    model = attach_language_model(loaded.model, language_model, tokenizer)
-    return Stage2(model, recipe.execution.micro_batch_size), _processor(
-        model, tokenizer, "t5" if encodes else "opt"
-    )
+    model, processor = start_model(recipe)
+    if isinstance(model, Blip2):
+        return Stage2(model, recipe.execution.micro_batch_size), processor
+    return Stage1(model, recipe.objectives, recipe.execution.micro_batch_size), processor
 
 
-def _processor(
-    model: Blip2Representation | Blip2, tokenizer: PreTrainedTokenizerBase, family: Family
-) -> Processor:
-    config: Any = model.config
-    size, queries = config.vision_config.image_size, config.num_query_tokens
-    return Processor(tokenizer, family=family, image_size=size, num_query_tokens=queries)
-
-
-# --- the command ---
-
-
-def mean_losses(
-    make_loader: Callable[[], Loader], batches: int, seed: int = 0
-) -> Callable[[nn.Module], dict[str, float]]:
+def mean_losses(make_loader: Callable[[], Loader], batches: int, seed: int = 0) -> Evaluate:
     """An evaluation for `fit`: the objective's values, averaged over the same batches every time.
 
     Args:
@@ -187,7 +63,7 @@ def mean_losses(
         seed: of what the losses draw themselves, such as hard negatives.
     """
 
-    def evaluate(objective: nn.Module) -> dict[str, float]:
+    def evaluate(objective: nn.Module, step: int) -> dict[str, float]:
         distributed.seed_everything(seed)
         device = next(objective.parameters()).device
         rows = []
@@ -195,6 +71,21 @@ def mean_losses(
             outputs = objective({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
             rows.append({name: value.item() for name, value in outputs.items()})
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+    return evaluate
+
+
+def _answers(recipe: Recipe, processor: Processor) -> Evaluate:
+    """Exact match of answers about drawn scenes; no question was ever trained."""
+    from train.scenes.evaluate import answers
+
+    assert isinstance(recipe.data, Scenes)
+    count, output = recipe.data.num_asked, Path(recipe.output)
+
+    def evaluate(objective: nn.Module, step: int) -> dict[str, float]:
+        model: Any = objective.model
+        loaded = checkpoint.Loaded(model, processor, "custom", "float32", model.device, output, [])
+        return answers(loaded, count, "validation")
 
     return evaluate
 
@@ -234,39 +125,42 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
     prepare(objective, recipe.execution, accelerator.device)
     scenes, size = recipe.data, recipe.batch_size
     tokenize = tokenize_for(
-        processor.tokenizer, processor.family, recipe.max_text_length, recipe.whole_captions
+        processor.tokenizer, processor.family, recipe.max_text_length, recipe.whole_captions, processor.end
     )
-    evaluate = mean_losses(
-        lambda: scenes_loader(scenes, tokenize, size, split="validation"), scenes.num_validation // size
-    )
-    losses = evaluate
-
-    def losses_and_answers(objective: nn.Module) -> dict[str, float]:
-        from train.scenes.evaluate import answers
-
-        model: Any = objective.model
-        loaded = checkpoint.Loaded(model, processor, name, "float32", model.device, output, [])
-        return {**losses(objective), **answers(loaded, scenes.num_asked, "validation")}
-
+    if scenes.image_size != processor.image_size:
+        raise RecipeError(
+            f"data.image_size is {scenes.image_size}, the image encoder takes {processor.image_size}: make "
+            "them equal"
+        )
+    load = partial(scenes_loader, scenes, tokenize, size, mean=processor.mean, std=processor.std)
+    held_out = partial(load, split="validation")
+    batches = scenes.num_validation // size
+    evaluations: list[Evaluate] = [
+        mean_losses(held_out, batches),
+        Probe(processor, partial(held_out, shared=True), batches, output),
+    ]
     if recipe.stage == 2 and scenes.num_asked:
-        evaluate = losses_and_answers
+        evaluations.append(_answers(recipe, processor))
     # On a CPU plain attention is the faster for short sequences: 1.4 times in bf16 without dropout.
     plain = sdpa_kernel(SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext()
     with plain:
         result = fit(
             objective,
-            scenes_loader(scenes, tokenize, size, seed=recipe.fit.seed),
+            load(seed=recipe.fit.seed),
             recipe.fit,
             output,
             run={"recipe": name, **dataclasses.asdict(recipe)},
-            evaluate=evaluate,
+            evaluate=lambda objective, step: {
+                name: value for one in evaluations for name, value in one(objective, step).items()
+            },
             accelerator=accelerator,
             stop_requested=stop_requested,
         )
     if result.finished and distributed.rank() == 0:
-        model: Any = objective.model
-        checkpoint.save(model.cpu().eval(), processor, output / "model")
-        say(f"saved {output / 'model'}")
+        trained: Any = objective.model
+        model, reader = finished(recipe, trained)
+        checkpoint.save(model, processor, output / "model")
+        say(f"saved {output / 'model'}" + (f"\n{reader}" if reader else ""))
     return result
 
 
@@ -284,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RecipeError, StateError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (NonFiniteError, SaveError, OSError) as error:
+    except (NonFiniteError, CollapseError, SaveError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:

@@ -105,7 +105,8 @@ class Recipe:
 
     stage: Literal[1, 2]
     start_from: str
-    """Stage 1: folder of a pretrained image encoder. Stage 2: folder of a finished stage-1 model."""
+    """Stage 1: a pretrained image encoder: folder, Hub id, or "module:function" (see `train.encoders`).
+    Stage 2: folder of a finished stage-1 model."""
     data: Scenes | Shards
     batch_size: int
     """Image-text pairs a step, over all processes."""
@@ -117,7 +118,12 @@ class Recipe:
     bert: str | None = None
     """Stage 1: folder of the BERT that the Q-Former starts from; None starts from random weights."""
     language_model: str | None = None
-    """Stage 2: folder of the frozen language model and its tokenizer."""
+    """Stage 2: folder or Hub id of the frozen language model and its tokenizer."""
+    frame: Literal["auto", "question", "chat"] = "auto"
+    """Stage 2 with a decoder: whether it is asked in its tokenizer's chat template, and ends a caption as it
+    ends a turn there; auto does so with chat models only. OPT ends captions with a line break in any case."""
+    encoder: str | None = None
+    """Stage 2: "module:function" of the image encoder, if stage 1 was trained with such a one."""
     max_text_length: int = 32
     """Tokens of a caption; longer ones are cut [C]."""
     whole_captions: float = 0.0
@@ -153,9 +159,14 @@ class Recipe:
         return lacking + self.data.missing()
 
 
-def _filled(folder: str) -> bool:
-    names = {path.suffix for path in Path(folder).glob("*")}
-    return ".json" in names and (".safetensors" in names or (Path(folder) / "tokenizer_config.json").exists())
+def _filled(source: str) -> bool:
+    from train.encoders import find, is_function
+
+    folder = find(source)
+    if folder is None:
+        return is_function(source)
+    names = {path.suffix for path in folder.glob("*")}
+    return ".json" in names and (".safetensors" in names or (folder / "tokenizer_config.json").exists())
 
 
 # Images of COCO, Visual Genome, SBU, CC3M, CC12M and a part of LAION-400M, 129 M in all [P 3.4]. The mixing
