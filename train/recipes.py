@@ -183,6 +183,13 @@ WEB_IMAGES = Shards(
 )
 
 
+# The paper freezes in float16, and Flan-T5 in bfloat16, "without degradation" from float32 [P 3.4]. Here all
+# frozen parts are in bfloat16: the steps run under bf16 autocast, which rounds float16 weights to bfloat16
+# anyway, and gradients that pass through the language model then need no loss scale. The paper's way is
+# `--precision fp16 --vision-precision float16 --language-precision float16`, but never for Flan-T5.
+_PAPER = Execution(vision_precision="bfloat16", language_precision="bfloat16", workers=8)
+
+
 def _paper_stage1(encoder: str, batch_size: int) -> Recipe:
     return Recipe(
         stage=1,
@@ -200,6 +207,7 @@ def _paper_stage1(encoder: str, batch_size: int) -> Recipe:
             betas=(0.9, 0.98),  # [P 3.4]; the public configuration leaves 0.999 [C]
         ),
         output=f"runs/stage1-{encoder}",
+        execution=_PAPER,
     )
 
 
@@ -213,10 +221,10 @@ def stage1_vitl() -> Recipe:
     return _paper_stage1("vitl", batch_size=2320)  # [P 3.4]
 
 
-def _paper_stage2(language_model: str, batch_size: int) -> Recipe:
+def _paper_stage2(language_model: str, batch_size: int, encoder: str = "vitg") -> Recipe:
     return Recipe(
         stage=2,
-        start_from="runs/stage1-vitg/model",
+        start_from=f"runs/stage1-{encoder}/model",
         language_model=f"weights/{language_model}",
         data=WEB_IMAGES,
         batch_size=batch_size,
@@ -228,7 +236,8 @@ def _paper_stage2(language_model: str, batch_size: int) -> Recipe:
             weight_decay=0.05,  # [P 3.4]
             betas=(0.9, 0.98),  # [P 3.4]
         ),
-        output=f"runs/stage2-{language_model}",
+        output=f"runs/stage2-{language_model}" + ("" if encoder == "vitg" else f"-{encoder}"),
+        execution=_PAPER,
     )
 
 
@@ -250,6 +259,16 @@ def stage2_flan_t5_xl() -> Recipe:
 def stage2_flan_t5_xxl() -> Recipe:
     """Stage 2 with ViT-g and Flan-T5-XXL, as in the paper."""
     return _paper_stage2("flan-t5-xxl", batch_size=1520)  # [P 3.4]
+
+
+def stage2_opt_2_7b_vitl() -> Recipe:
+    """Stage 2 with ViT-L and OPT-2.7B, a row of the paper's Table 2."""
+    return _paper_stage2("opt-2.7b", batch_size=1920, encoder="vitl")  # [P 3.4]
+
+
+def stage2_flan_t5_xl_vitl() -> Recipe:
+    """Stage 2 with ViT-L and Flan-T5-XL, a row of the paper's Table 2."""
+    return _paper_stage2("flan-t5-xl", batch_size=1520, encoder="vitl")  # [P 3.4]
 
 
 def scenes_stage1() -> Recipe:
@@ -329,6 +348,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         stage2_opt_6_7b,
         stage2_flan_t5_xl,
         stage2_flan_t5_xxl,
+        stage2_opt_2_7b_vitl,
+        stage2_flan_t5_xl_vitl,
         scenes_stage1,
         scenes_stage2_opt,
         scenes_stage2_flan_t5,
