@@ -1,0 +1,190 @@
+r"""Captioning and filtering of web images (CapFilt) as BLIP-2 did it: shards in, shards out, resumable.
+
+    python -m train.capfilt INPUT OUTPUT --captioner scenes-opt --scorer scenes-itm
+
+Of every image N captions are drawn, ranked together with the original alt text by image-text similarity, and
+the best two kept; pre-training draws one of them at each step (Sec. 3.4). A sample of the output is the image
+file as it was and a json with
+
+    captions    the kept texts, best first
+    capfilt     provenance: similarity and original (of each kept text), original_caption,
+                original_similarity (null where there was none), candidates, captioner, scorer
+
+beside what the input's json held. One shard in is one shard out. Ray Data hands the names of the shards to a
+pool of actors, on one machine or a cluster, and an actor takes a whole shard through decoding, captioning,
+ranking and writing. Passing samples on between Ray operators instead would spread stages over machines, but
+mixes shards, so that a stopped run could not tell which output is complete; the models are the bottleneck by
+far, and they see full batches either way. A shard counts as done once NAME.capfilt.json lies beside it, which
+is written last. The chances that captions are drawn by depend on seed, shard and key alone, so a shard done
+again after a kill comes out the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import tyro
+
+from blip2.errors import CheckpointError
+from train.capfilt.filter import Filter, Settings, marker, summarize
+from train.capfilt.models import CapFiltError, model_kind
+from train.capfilt.shards import Store
+
+SUMMARY = "capfilt.json"
+# May differ when a run goes on: they do not change what comes out.
+OPERATIONAL = ("output", "batch_size", "workers", "actors", "num_gpus_per_actor", "address")
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Do what is left to do of a folder of shards; returns the summary, which lies in OUTPUT/capfilt.json.
+
+    Raises:
+        CapFiltError: a folder, model or setting does not fit; nothing has been written.
+        CheckpointError: a model cannot be had.
+    """
+    for name, task in ((settings.captioner, "captioner"), (settings.scorer, "scorer")):
+        model_kind(name, task)
+    source, sink = Store(settings.input), Store(settings.output)
+    if os.path.realpath(source.root) == os.path.realpath(sink.root) and source.fs == sink.fs:
+        raise CapFiltError(f"the output is the input, {settings.input}: name another folder")
+    names = source.tars() if source.fs.exists(source.root) else None
+    if not names:
+        what = "there is no folder" if names is None else "there is no .tar file in"
+        raise CapFiltError(f"{what} {settings.input}: give a folder of image-text tar shards")
+    _claim(sink, settings)
+    sink.remove_parts()
+    left = [name for name in names if not sink.exists(marker(name))]
+    print(f"{len(names)} shards, {len(names) - len(left)} of them done", flush=True)
+    unreadable = {}
+    start, images = time.perf_counter(), 0
+    work = _here if settings.actors == 0 else _on_ray
+    for number, report in enumerate(work(settings, left) if left else (), 1):
+        if "unreadable" in report:
+            unreadable[report["shard"]] = report["unreadable"]
+        images += report.get("samples", 0)
+        print(_line(report, number, len(left), images, time.perf_counter() - start), flush=True)
+    reports = (sink.read_json(marker(name)) for name in names if name not in unreadable)
+    summary = {
+        **summarize(report for report in reports if report is not None),
+        "unreadable": unreadable,
+        "last_run": {"samples": images, "seconds": round(time.perf_counter() - start, 1)},
+    }
+    sink.write_json(SUMMARY, {"settings": _lasting(settings), "summary": summary})
+    return summary
+
+
+def _lasting(settings: Settings) -> dict[str, Any]:
+    """The settings that a folder is made with."""
+    values = {name: value for name, value in asdict(settings).items() if name not in OPERATIONAL}
+    store = Store(settings.input)
+    return values | {"input": os.path.realpath(store.root) if store.local else settings.input.rstrip("/")}
+
+
+def _claim(sink: Store, settings: Settings) -> None:
+    """Make the output this run's, or check that it is."""
+    wanted = _lasting(settings)
+    if (found := sink.read_json(SUMMARY)) is None:
+        sink.write_json(SUMMARY, {"settings": wanted})
+        return
+    other = [
+        f"{name} {found['settings'].get(name)!r}, now {value!r}"
+        for name, value in wanted.items()
+        if found["settings"].get(name) != value
+    ]
+    if other:
+        raise CapFiltError(
+            f"{settings.output} was made with other settings ({'; '.join(other)}): choose another folder, or "
+            f"go on with those. If only the input has moved, delete {SUMMARY} there"
+        )
+
+
+def _line(report: Mapping[str, Any], number: int, total: int, images: int, seconds: float) -> str:
+    """What is said of a shard."""
+    head = f"[{number}/{total}] {report['shard']}:"
+    if "unreadable" in report:
+        return f"{head} skipped, {report['unreadable']}"
+    dropped = ", ".join(f"{count} {kind}" for kind, count in report["dropped"].items()) or "none"
+    minutes = seconds / number * (total - number) / 60
+    return (
+        f"{head} {report['images']:,} images, {report['original_kept']:,} with their original kept; "
+        f"dropped: {dropped}. {images / seconds:.1f} images/s, {minutes:.0f} min left"
+    )
+
+
+def _here(settings: Settings, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """One shard after another in this process."""
+    work = Filter(settings)
+    for name in names:
+        yield work.shard(name)
+
+
+def _on_ray(settings: Settings, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Shards on a pool of actors, reports as they come."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if address := settings.address or os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address)
+    else:  # only names and reports pass through the object store
+        ray.init("local", include_dashboard=False, object_store_memory=200_000_000)
+    try:
+        gpus, cpus, actors = _pool(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        print(f"{actors} actors, {gpus:g} GPUs and {cpus} CPU cores each", flush=True)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        done = ray.data.from_items([{"shard": n} for n in names], override_num_blocks=len(names)).map_batches(
+            Filter,
+            fn_constructor_args=(settings, "auto" if gpus else "cpu"),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(actors, len(names)), max_tasks_in_flight_per_actor=1),
+            num_gpus=gpus,
+            num_cpus=cpus,
+        )
+        for row in done.iter_rows():
+            yield json.loads(row["report"])
+    finally:
+        ray.shutdown()
+
+
+def _pool(settings: Settings, machines: Sequence[Mapping[str, float]]) -> tuple[float, int, int]:
+    """GPUs and CPU cores of an actor, and how many actors, on machines with such resources."""
+    gpus = settings.num_gpus_per_actor
+    if gpus is None:
+        gpus = 1.0 if any(machine.get("GPU", 0) for machine in machines) else 0.0
+    cpus = max(1, settings.workers)
+    room = 0
+    for machine in machines:
+        here = int(machine.get("CPU", 0) // cpus)
+        room += min(here, int(machine.get("GPU", 0) / gpus + 1e-9)) if gpus else here
+    if not room or (settings.actors or 0) > room:
+        raise CapFiltError(
+            f"there is room for {room} actors of {gpus:g} GPUs and {cpus} CPU cores each, "
+            f"{settings.actors or 1} are wanted: lower --actors, --workers or --num-gpus-per-actor"
+        )
+    return gpus, cpus, settings.actors or room
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 0: done, 1: some shards could not be read, 2: it could not start."""
+    try:
+        settings = tyro.cli(
+            Annotated[Settings, tyro.conf.OmitArgPrefixes],
+            prog="python -m train.capfilt",
+            description="Caption, rank and filter image-text shards as BLIP-2 did.",
+            args=arguments,
+        )
+        summary = run(settings)
+    except (CapFiltError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    print(json.dumps(summary, indent=2, ensure_ascii=False))
+    return 1 if summary["unreadable"] else 0
