@@ -2,7 +2,7 @@
 
     00000.tar: 000000000.jpg 000000000.txt 000000000.json 000000001.jpg ...
 
-An image (jpg, jpeg, png, webp), its alt text (txt) and what else is known (json) share a key: the name up to
+An image, its alt text (txt) and what else is known (json) share a key: the name up to
 the first dot of its last part. Places are folders or fsspec addresses (s3://bucket/folder).
 """
 
@@ -32,7 +32,7 @@ from blip2.errors import ImageError
 from blip2.images import open_image
 from train.capfilt.models import Preprocess
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
 _NAME = re.compile(r"(?:\./)?((?:.*/)?[^./][^./]*)\.([^/]*)")  # no hidden files: macOS adds ._ doubles
 
 
@@ -206,7 +206,7 @@ class Samples(Dataset):
         if "json" in entry.files:
             try:
                 metadata = json.loads(self._read(entry, "json"))
-            except ValueError:
+            except (ValueError, RecursionError):
                 metadata = None
         if not isinstance(metadata, dict):
             return Item(entry.key, dropped="damaged json")
@@ -223,8 +223,8 @@ class Samples(Dataset):
 
 
 def _originals(text: str, metadata: dict[str, Any]) -> list[str]:
-    """What was said of an image: its txt, or else the json's caption or captions."""
-    found = text or metadata.get("caption") or metadata.get("captions") or []
+    """What was said of an image: the json's captions, else its txt, else the json's caption."""
+    found = metadata.get("captions") or text or metadata.get("caption") or []
     found = [found] if isinstance(found, str) else found if isinstance(found, list) else []
     return [" ".join(one.split()) for one in found if isinstance(one, str)]
 
