@@ -13,6 +13,8 @@ import numpy as np
 import torch
 import tyro
 
+from blip2.errors import CheckpointError
+from blip2.presets import PRECISIONS
 from train.capfilt.models import (
     CapFiltError,
     Captioner,
@@ -71,6 +73,7 @@ class Settings:
             "captions": (1 <= self.captions <= 100, "1 to 100"),
             "keep": (1 <= self.keep <= self.captions + 1, f"1 to captions + 1 = {self.captions + 1}"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "precision": (self.precision in ("auto", *PRECISIONS), ", ".join(("auto", *PRECISIONS))),
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
             "batch_size": (self.batch_size >= 1, "1 or more"),
             "workers": (self.workers >= 0, "0 or more"),
@@ -119,7 +122,7 @@ def best(similarities: Sequence[float], keep: int) -> list[int]:
 
 
 class Filter:
-    """Both models, and what takes a shard through them; for Ray Data, a callable on batches of names."""
+    """Both models, and what takes a shard through them."""
 
     def __init__(self, settings: Settings, device: str = "auto"):
         self.settings = settings
@@ -128,10 +131,6 @@ class Filter:
             settings.captioner, device, settings.precision, settings.sampling()
         )
         self.scorer: Scorer = load_scorer(settings.scorer, device, settings.precision)
-
-    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
-        """shard: names -> report: one JSON each."""
-        return {"report": [json.dumps(self.shard(str(name))) for name in batch["shard"]]}
 
     def shard(self, name: str) -> dict[str, Any]:
         """Make one shard of the output, whatever is there; returns its report, see `summarize`."""
@@ -201,6 +200,32 @@ class Filter:
                 "scorer": self.settings.scorer,
             },
         }
+
+
+class Worker:
+    """A filter as Ray Data wants an actor: called with names of shards, it loads the models at the first.
+
+    What ends a run (a full disk, too little memory, a model that cannot be had) comes back as a report that
+    says so, for the process that started the run to tell.
+    """
+
+    def __init__(self, settings: Settings, device: str = "auto"):
+        self.settings, self.device = settings, device
+        self.filter: Filter | None = None
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
+        """shard: names -> report: one JSON each."""
+        return {"report": [json.dumps(self.report(str(name))) for name in batch["shard"]]}
+
+    def report(self, name: str) -> dict[str, Any]:
+        """As `Filter.shard`, or shard and failed: what ends the run."""
+        try:
+            self.filter = self.filter or Filter(self.settings, self.device)
+            return self.filter.shard(name)
+        except torch.OutOfMemoryError as error:
+            return {"shard": name, "failed": f"{error}; lower --batch-size (now {self.settings.batch_size})"}
+        except (OSError, FloatingPointError, CapFiltError, CheckpointError) as error:
+            return {"shard": name, "failed": str(error)}
 
 
 def _count(record: Mapping[str, Any], counts: Counter[str], sums: dict[str, float]) -> None:

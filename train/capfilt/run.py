@@ -22,6 +22,7 @@ again after a kill comes out the same.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -31,8 +32,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from blip2.errors import CheckpointError
-from train.capfilt.filter import Filter, Settings, marker, summarize
+from train.capfilt.filter import Settings, Worker, marker, summarize
 from train.capfilt.models import CapFiltError, model_kind
 from train.capfilt.shards import Store
 
@@ -41,12 +41,16 @@ SUMMARY = "capfilt.json"
 OPERATIONAL = ("output", "batch_size", "workers", "actors", "num_gpus_per_actor", "address")
 
 
+class StoppedError(RuntimeError):
+    """The run ended early: a full disk, too little memory, a model that cannot be had."""
+
+
 def run(settings: Settings) -> dict[str, Any]:
     """Do what is left to do of a folder of shards; returns the summary, which lies in OUTPUT/capfilt.json.
 
     Raises:
-        CapFiltError: a folder, model or setting does not fit; nothing has been written.
-        CheckpointError: a model cannot be had.
+        CapFiltError: a folder, model or setting does not fit; no shard has been touched.
+        StoppedError: it ended early.
     """
     for name, task in ((settings.captioner, "captioner"), (settings.scorer, "scorer")):
         model_kind(name, task)
@@ -65,10 +69,13 @@ def run(settings: Settings) -> dict[str, Any]:
     start, images = time.perf_counter(), 0
     work = _here if settings.actors == 0 else _on_ray
     for number, report in enumerate(work(settings, left) if left else (), 1):
+        if "failed" in report:
+            raise StoppedError(f"{report['shard']}: {report['failed']}. The same command goes on")
         if "unreadable" in report:
             unreadable[report["shard"]] = report["unreadable"]
         images += report.get("samples", 0)
         print(_line(report, number, len(left), images, time.perf_counter() - start), flush=True)
+    sink.remove_parts()  # of actors that died and were replaced
     reports = (sink.read_json(marker(name)) for name in names if name not in unreadable)
     summary = {
         **summarize(report for report in reports if report is not None),
@@ -119,9 +126,9 @@ def _line(report: Mapping[str, Any], number: int, total: int, images: int, secon
 
 def _here(settings: Settings, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One shard after another in this process."""
-    work = Filter(settings)
+    work = Worker(settings)
     for name in names:
-        yield work.shard(name)
+        yield work.report(name)
 
 
 def _on_ray(settings: Settings, names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -129,17 +136,18 @@ def _on_ray(settings: Settings, names: Sequence[str]) -> Iterator[dict[str, Any]
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     if address := settings.address or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address)
+        ray.init(address=address, logging_level="warning")
     else:  # only names and reports pass through the object store
-        ray.init("local", include_dashboard=False, object_store_memory=200_000_000)
+        ray.init("local", logging_level="warning", include_dashboard=False, object_store_memory=200_000_000)
     try:
         gpus, cpus, actors = _pool(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         print(f"{actors} actors, {gpus:g} GPUs and {cpus} CPU cores each", flush=True)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         done = ray.data.from_items([{"shard": n} for n in names], override_num_blocks=len(names)).map_batches(
-            Filter,
+            Worker,
             fn_constructor_args=(settings, "auto" if gpus else "cpu"),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(actors, len(names)), max_tasks_in_flight_per_actor=1),
@@ -171,7 +179,7 @@ def _pool(settings: Settings, machines: Sequence[Mapping[str, float]]) -> tuple[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 0: done, 1: some shards could not be read, 2: it could not start."""
+    """The command; 0: done; 1: it ended early, or could not read a shard; 2: it could not start."""
     try:
         settings = tyro.cli(
             Annotated[Settings, tyro.conf.OmitArgPrefixes],
@@ -180,9 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
         )
         summary = run(settings)
-    except (CapFiltError, CheckpointError) as error:
+    except (CapFiltError, StoppedError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, CapFiltError) else 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
