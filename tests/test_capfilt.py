@@ -338,6 +338,25 @@ def test_remote_places(uninterrupted, loaded):
     memory.rm("/", recursive=True)
 
 
+def test_relative_folders(uninterrupted, loaded, tmp_path, monkeypatch):
+    folder, _ = uninterrupted
+    monkeypatch.chdir(folder)
+    seen = []
+    make = filtering.Filter.__init__
+
+    def init(self, wanted, device):
+        seen.append(wanted)
+        make(self, wanted, device)
+
+    monkeypatch.setattr(Filter, "__init__", init)
+    (folder / "mine").symlink_to(ROOT / "blip2" / "assets" / CAPTIONER)
+    run.run(settings("in", tmp_path / "out", captioner="mine"))
+    assert (seen[0].input, seen[0].captioner) == (str(folder / "in"), str(folder / "mine"))
+    found = records(tmp_path / "out" / "00000.tar")["000000000"]
+    assert found["capfilt"]["captioner"] == "mine"
+    assert json.loads((tmp_path / "out" / "capfilt.json").read_text())["settings"]["captioner"] == "mine"
+
+
 # ---------------------------------------------------------------- stops
 
 

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ class Settings:
     prompt: str | None = None
     """What captions go on from; by default what the checkpoint was tuned on, if anything."""
     precision: str = "auto"
-    """Of both models, as `blip2.load` takes it."""
+    """Of both models, as `blip2.load` takes it; "auto" is float16 for the scorer on a GPU."""
     seed: int = 42
     """Of the sampling."""
     batch_size: int = 32
@@ -196,10 +197,15 @@ class Filter:
                 "original_caption": None if first is None else texts[first].text,
                 "original_similarity": None if first is None else rounded[first],
                 "candidates": len(texts),
-                "captioner": self.settings.captioner,
-                "scorer": self.settings.scorer,
+                "captioner": _label(self.settings.captioner),
+                "scorer": _label(self.settings.scorer),
             },
         }
+
+
+def _label(model: str) -> str:
+    """A model's name in records that others read: of a folder its own name."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 class Worker:

@@ -245,9 +245,10 @@ class CLIPScorer:
         given = ("input_ids",) if self.padding == "max_length" else ("input_ids", "attention_mask")
         inputs = {key: tokens[key].to(self.model.device) for key in given}
         pixels = pixel_values.to(self.model.device, self.model.dtype)
-        image_feats = F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
-        text_feats = F.normalize(self.model.get_text_features(**inputs).pooler_output, dim=-1)
-        return _own_columns(image_feats.float() @ text_feats.float().T, texts)  # (B, E) by (E, texts)
+        image_feats = self.model.get_image_features(pixel_values=pixels).pooler_output.float()
+        text_feats = self.model.get_text_features(**inputs).pooler_output.float()
+        similarity = F.normalize(image_feats, dim=-1) @ F.normalize(text_feats, dim=-1).T
+        return _own_columns(similarity, texts)
 
 
 def _own_columns(similarity: Tensor, texts: list[list[str]]) -> list[list[float]]:
@@ -321,8 +322,10 @@ def load_captioner(name: str, device: str, precision: str, sampling: Sampling) -
 
 
 def load_scorer(name: str, device: str, precision: str) -> Scorer:
-    """Likewise the scorer."""
+    """Likewise the scorer; in bfloat16 too many similarities would be equal, so "auto" avoids it."""
     kind = model_kind(name, "scorer")
+    if precision == "auto" and choose_device(device).type == "cuda":
+        precision = "float16"
     if kind in OURS:
         return ITCScorer(checkpoint.load(name, device=device, precision=precision))
     return CLIPScorer(name, kind, choose_device(device), precision)

@@ -27,7 +27,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -57,33 +58,49 @@ def run(settings: Settings) -> dict[str, Any]:
     source, sink = Store(settings.input), Store(settings.output)
     if os.path.realpath(source.root) == os.path.realpath(sink.root) and source.fs == sink.fs:
         raise CapFiltError(f"the output is the input, {settings.input}: name another folder")
-    names = source.tars() if source.fs.exists(source.root) else None
+    names = source.names(".tar") if source.fs.exists(source.root) else None
     if not names:
         what = "there is no folder" if names is None else "there is no .tar file in"
         raise CapFiltError(f"{what} {settings.input}: give a folder of image-text tar shards")
     _claim(sink, settings)
     sink.remove_parts()
-    left = [name for name in names if not sink.exists(marker(name))]
-    print(f"{len(names)} shards, {len(names) - len(left)} of them done", flush=True)
+    markers = set(sink.names(".capfilt.json"))
+    done = [name for name in names if marker(name) in markers]
+    left = sorted(set(names) - set(done))
+    print(f"{len(names)} shards, {len(done)} of them done", flush=True)
     unreadable = {}
+    everywhere = replace(
+        settings,
+        input=_anywhere(settings.input),
+        output=_anywhere(settings.output),
+        captioner=_anywhere(settings.captioner),
+        scorer=_anywhere(settings.scorer),
+    )
     start, images = time.perf_counter(), 0
     work = _here if settings.actors == 0 else _on_ray
-    for number, report in enumerate(work(settings, left) if left else (), 1):
+    for number, report in enumerate(work(everywhere, left) if left else (), 1):
         if "failed" in report:
             raise StoppedError(f"{report['shard']}: {report['failed']}. The same command goes on")
         if "unreadable" in report:
             unreadable[report["shard"]] = report["unreadable"]
+        else:
+            done.append(report["shard"])
         images += report.get("samples", 0)
         print(_line(report, number, len(left), images, time.perf_counter() - start), flush=True)
     sink.remove_parts()  # of actors that died and were replaced
-    reports = (sink.read_json(marker(name)) for name in names if name not in unreadable)
     summary = {
-        **summarize(report for report in reports if report is not None),
+        **summarize(sink.read_jsons([marker(name) for name in sorted(done)])),
         "unreadable": unreadable,
         "last_run": {"samples": images, "seconds": round(time.perf_counter() - start, 1)},
     }
     sink.write_json(SUMMARY, {"settings": _lasting(settings), "summary": summary})
     return summary
+
+
+def _anywhere(place: str) -> str:
+    """A relative folder as it is called on every machine that shares it; anything else as it is."""
+    path = Path(place).expanduser()
+    return str(path.absolute()) if "://" not in place and path.is_dir() else place
 
 
 def _lasting(settings: Settings) -> dict[str, Any]:
@@ -96,9 +113,10 @@ def _lasting(settings: Settings) -> dict[str, Any]:
 def _claim(sink: Store, settings: Settings) -> None:
     """Make the output this run's, or check that it is."""
     wanted = _lasting(settings)
-    if (found := sink.read_json(SUMMARY)) is None:
+    if not sink.fs.exists(sink.path(SUMMARY)):
         sink.write_json(SUMMARY, {"settings": wanted})
         return
+    found = sink.read_jsons([SUMMARY])[0]
     other = [
         f"{name} {found['settings'].get(name)!r}, now {value!r}"
         for name, value in wanted.items()
@@ -135,6 +153,7 @@ def _on_ray(settings: Settings, names: Sequence[str]) -> Iterator[dict[str, Any]
     """Shards on a pool of actors, reports as they come."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
+    import ray.data
 
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     if address := settings.address or os.environ.get("RAY_ADDRESS"):
@@ -153,9 +172,10 @@ def _on_ray(settings: Settings, names: Sequence[str]) -> Iterator[dict[str, Any]
             compute=ray.data.ActorPoolStrategy(size=min(actors, len(names)), max_tasks_in_flight_per_actor=1),
             num_gpus=gpus,
             num_cpus=cpus,
+            max_task_retries=3,  # a shard that brings every actor down must not go on for ever
         )
-        for row in done.iter_rows():
-            yield json.loads(row["report"])
+        for batch in done.iter_batches(batch_size=None, prefetch_batches=0):  # each as soon as it is there
+            yield from map(json.loads, batch["report"])
     finally:
         ray.shutdown()
 

@@ -61,19 +61,16 @@ class Store:
         """The file system's own path of a file."""
         return f"{self.root}/{name}"
 
-    def tars(self) -> list[str]:
-        """Names of all shards in it, folders included, sorted."""
+    def names(self, suffix: str) -> list[str]:
+        """All files in it that end so, folders included, sorted; hidden ones are left out."""
         start = len(self.root) + 1
-        found = (path[start:] for path in self.fs.find(self.root) if path.endswith(".tar"))
+        found = (path[start:] for path in self.fs.find(self.root) if path.endswith(suffix))
         return sorted(name for name in found if not Path(name).name.startswith("."))
 
-    def exists(self, name: str) -> bool:
-        """Whether there is such a file."""
-        return self.fs.exists(self.path(name))
-
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        """A JSON file, or None where there is none."""
-        return json.loads(self.fs.cat_file(self.path(name))) if self.exists(name) else None
+    def read_jsons(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        """JSON files; remote ones several at a time."""
+        found = self.fs.cat([self.path(name) for name in names]) if names else {}
+        return [json.loads(found[self.path(name)]) for name in names]
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file."""
