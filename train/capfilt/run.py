@@ -38,6 +38,7 @@ from train.capfilt.models import CapFiltError, model_kind
 from train.capfilt.shards import Store
 
 SUMMARY = "capfilt.json"
+RETRIES = 3  # of a shard whose actor died
 # May differ when a run goes on: they do not change what comes out.
 OPERATIONAL = ("output", "batch_size", "workers", "actors", "num_gpus_per_actor", "address")
 
@@ -172,10 +173,15 @@ def _on_ray(settings: Settings, names: Sequence[str]) -> Iterator[dict[str, Any]
             compute=ray.data.ActorPoolStrategy(size=min(actors, len(names)), max_tasks_in_flight_per_actor=1),
             num_gpus=gpus,
             num_cpus=cpus,
-            max_task_retries=3,  # a shard that brings every actor down must not go on for ever
+            max_task_retries=RETRIES,  # a shard that brings every actor down must not go on for ever
         )
         for batch in done.iter_batches(batch_size=None, prefetch_batches=0):  # each as soon as it is there
             yield from map(json.loads, batch["report"])
+    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+        raise StoppedError(
+            f"an actor died {1 + RETRIES} times in one shard, of too little memory perhaps ({error}). "
+            "The same command goes on"
+        ) from error
     finally:
         ray.shutdown()
 
