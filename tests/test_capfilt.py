@@ -28,11 +28,13 @@ from PIL import Image
 from train.capfilt import filter as filtering
 from train.capfilt import models, run
 from train.capfilt.filter import Filter, Settings, best, candidates, marker, summarize
-from train.capfilt.models import CapFiltError, Sampling, chances
+from train.capfilt.models import CapFiltError
+from train.capfilt.sampling import Sample, Sampling, chances, options
 from train.scenes import text, world
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLING = Sampling(top_p=0.9, max_new_tokens=30, prompt="")
+TEXT = ("inputs_embeds", "input_ids")
 CAPTIONER, SCORER = "scenes-opt", "scenes-itm"
 
 
@@ -150,7 +152,7 @@ def test_sample_draws_from_the_nucleus():
     probability = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04])
     rows = 20_000
     drawn = torch.from_numpy(chances(0, [str(row) for row in range(rows)], 1, 1))
-    sample = models.Sample(drawn, top_p=0.85)
+    sample = Sample(drawn, top_p=0.85)
     scores = sample(torch.zeros(rows, 0), probability.log().expand(rows, -1))
     assert (scores.isfinite().sum(1) == 1).all()
     frequency = scores.argmax(1).bincount(minlength=5) / rows
@@ -161,7 +163,7 @@ def test_sample_draws_from_the_nucleus():
 def test_sample_never_leaves_the_nucleus_at_the_ends():
     top = torch.tensor([[0.0, float(np.nextafter(np.float32(1), np.float32(0)))]]).T
     scores = torch.log(torch.tensor([0.01, 0.3, 0.6, 0.09])).expand(2, -1)
-    assert models.Sample(top, 0.9)(torch.zeros(2, 0), scores).argmax(1).tolist() == [1, 2]
+    assert Sample(top, 0.9)(torch.zeros(2, 0), scores).argmax(1).tolist() == [1, 2]
 
 
 def test_captions_do_not_depend_on_the_batch(captioner):
@@ -182,6 +184,32 @@ def test_an_image_is_encoded_once(captioner, scorer):
     for hook in hooks:
         hook.remove()
     assert seen == [2, 2]
+
+
+def test_captions_are_those_of_the_library(captioner):
+    """Our loop, which reads an image once, draws what transformers' `generate` draws."""
+    drawn = chances(3, list("abcd"), 5, 30)
+    pixel_values = pixels(range(4), captioner)
+    read = []
+    hook = captioner.model.language_model.register_forward_pre_hook(
+        lambda _, args, given: read.append({name: len(given[name]) for name in given if name in TEXT}),
+        with_kwargs=True,
+    )
+    captions = captioner.captions(pixel_values, drawn)
+    hook.remove()
+    assert read[:2] == [{"inputs_embeds": 4}, {"input_ids": 20}]
+    text = captioner.processor.text([""] * 4)
+    drawing = options(drawn, 4, SAMPLING, torch.device("cpu"))
+    new = captioner.model.generate(pixel_values, **text, **drawing)
+    assert models._grouped(captioner.processor.decode(new), 4) == captions
+
+
+def test_captions_by_an_encoder_decoder():
+    model = models.load_captioner("scenes-flan-t5", "cpu", "auto", SAMPLING)
+    drawn = chances(0, ["x", "y", "z"], 3, 30)
+    together = model.captions(pixels((1, 2, 3), model), drawn)
+    assert [len(texts) for texts in together] == [3, 3, 3] and len(set(together[0])) > 1
+    assert model.captions(pixels((2,), model), drawn[3:6]) == together[1:2]
 
 
 # ---------------------------------------------------------------- ranking
@@ -320,6 +348,17 @@ def _strip() -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (2000, 1)).save(file, "png")
     return file.getvalue()
+
+
+def test_a_sample_does_not_depend_on_its_neighbors(loaded, tmp_path):
+    """Neither on what is dropped before it nor on the size of the batch."""
+    rows = {str(seed): scene(seed, caption(seed)) for seed in range(6)}
+    write(tmp_path / "in" / "00000.tar", rows)
+    run.run(settings(tmp_path / "in", tmp_path / "out"))
+    write(tmp_path / "less" / "00000.tar", {**rows, "0": {"png": b"lost"}})
+    run.run(settings(tmp_path / "less", tmp_path / "out2", batch_size=5))
+    whole, less = (records(tmp_path / name / "00000.tar") for name in ("out", "out2"))
+    assert [less[key]["captions"] for key in "12345"] == [whole[key]["captions"] for key in "12345"]
 
 
 def test_workers_decode_the_same(uninterrupted, loaded, tmp_path):

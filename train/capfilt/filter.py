@@ -19,13 +19,12 @@ from blip2.presets import PRECISIONS
 from train.capfilt.models import (
     CapFiltError,
     Captioner,
-    Sampling,
     Scorer,
-    chances,
     load_captioner,
     load_scorer,
     preset_prompt,
 )
+from train.capfilt.sampling import Sampling, chances
 from train.capfilt.shards import Item, Samples, ShardError, ShardWriter, Store, batches, index
 from train.transforms import clean_caption
 

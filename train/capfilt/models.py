@@ -7,9 +7,7 @@ each encoder once, for all its captions. B images, N captions of each, S pixels 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +21,7 @@ from transformers import (
     AutoModel,
     AutoModelForImageTextToText,
     AutoTokenizer,
-    LogitsProcessor,
-    LogitsProcessorList,
     PreTrainedConfig,
-    TopPLogitsWarper,
     VisionEncoderDecoderModel,
 )
 from transformers.utils import logging
@@ -34,6 +29,7 @@ from transformers.utils import logging
 from blip2 import checkpoint
 from blip2.devices import choose_device
 from blip2.presets import PRESETS, resolve, suggestions
+from train.capfilt.sampling import Sample, Sampling, options
 from train.transforms import clean_caption
 
 OURS = ("blip-2", "instructblip", "blip2-any")  # model types that `blip2.load` reads
@@ -69,74 +65,6 @@ class Scorer(Protocol):
         """pixel_values: float (B, 3, S, S); the texts of each image -> the similarity of each, a cosine."""
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How captions are drawn: nucleus sampling, as BLIP's CapFilt (arXiv 2201.12086, Sec. 4.2).
-
-    Attributes:
-        top_p: probability mass to draw from.
-        max_new_tokens: length of a caption at most, tokens.
-        prompt: what a caption goes on from; it is no part of the caption.
-    """
-
-    top_p: float
-    max_new_tokens: int
-    prompt: str
-
-
-# ---------------------------------------------------------------- sampling
-
-
-def chances(seed: int, keys: Sequence[str], captions: int, steps: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), float32 (len(keys) * captions, steps), that depend on seed and key alone."""
-    rows = []
-    for key in keys:
-        digest = hashlib.blake2b(f"{seed} {key}".encode(), digest_size=16).digest()
-        generator = np.random.default_rng(int.from_bytes(digest, "little"))
-        rows.append(generator.random((captions, steps), dtype=np.float32))
-    return np.concatenate(rows)
-
-
-class Sample(LogitsProcessor):
-    """Nucleus sampling from given chances, so that an image's captions do not depend on its batch.
-
-    At each step only the token drawn keeps a finite score; a sampling `generate` then has no other choice.
-
-    Args:
-        chances: float (rows, steps), uniform in [0, 1): one token of one row each.
-        top_p: probability mass to draw from.
-    """
-
-    def __init__(self, chances: Tensor, top_p: float):
-        self.chances = chances
-        self.warp = TopPLogitsWarper(top_p)
-        self.step = 0
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        """scores: float (rows, vocabulary) -> the same, 0 at one token of each row and -inf elsewhere."""
-        below = self.warp(input_ids, scores.float()).softmax(-1).cumsum(-1)
-        drawn = self.chances[:, self.step, None].to(below) * below[:, -1:]
-        token = torch.searchsorted(below, drawn, right=True).clamp_max(scores.shape[-1] - 1)
-        self.step += 1
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
-
-
-def _options(drawn: np.ndarray, images: int, sampling: Sampling, device: torch.device) -> dict[str, Any]:
-    """Settings for transformers' `generate` that leave every choice to `Sample`."""
-    sample = Sample(torch.from_numpy(drawn).to(device), sampling.top_p)
-    return {
-        "do_sample": True,
-        "num_beams": 1,
-        "top_k": 0,
-        "top_p": 1.0,
-        "temperature": 1.0,
-        "num_return_sequences": len(drawn) // images,
-        "max_new_tokens": sampling.max_new_tokens,
-        "min_new_tokens": 1,
-        "logits_processor": LogitsProcessorList([sample]),
-    }
-
-
 def _grouped(texts: Sequence[str], images: int) -> list[list[str]]:
     each = len(texts) // images
     return [list(texts[start : start + each]) for start in range(0, len(texts), each)]
@@ -152,6 +80,8 @@ class Blip2Captioner:
         self.model: Any = loaded.model
         self.processor, self.sampling = loaded.processor, sampling
         self.preprocess = Pixels(loaded.processor.images)
+        if self.model.question_in_qformer:
+            raise CapFiltError(f"{loaded.name} answers questions: choose a checkpoint that captions")
         if (context := loaded.processor.context) is not None:
             prompt = loaded.processor.text([sampling.prompt])["input_ids"].shape[1]
             room = context - loaded.processor.num_query_tokens - prompt
@@ -167,10 +97,41 @@ class Blip2Captioner:
         device, images = self.model.device, len(pixel_values)
         image = self.model.encode_image(pixel_values.to(device))
         prompts = [self.sampling.prompt] * images
-        text = {**self.processor.text(prompts), **self.processor.question(prompts)}
+        text = self.processor.text(prompts)
         text = {name: value.to(device) for name, value in text.items()}
-        new = self.model.generate(image=image, **text, **_options(chances, images, self.sampling, device))
+        if self.model.is_decoder_only:
+            soft = self.model.language_inputs(None, image, images, {})
+            new = self._decode(self.model.bridge.join(soft, **text), chances)
+        else:  # the library encodes before it copies
+            new = self.model.generate(image=image, **text, **options(chances, images, self.sampling, device))
         return _grouped(self.processor.decode(new), images)
+
+    def _decode(self, inputs: dict[str, Tensor], chances: np.ndarray) -> Tensor:
+        """As the library's `generate`, but a decoder reads an image once, before its captions part ways."""
+        language: Any = self.model.language_model
+        copies = len(chances) // len(inputs["inputs_embeds"])
+        sample = Sample(torch.from_numpy(chances).to(self.model.device), self.sampling.top_p)
+        settings = language.generation_config
+        ends = torch.tensor(settings.eos_token_id, device=self.model.device).flatten()
+        pad = int(ends[0]) if settings.pad_token_id is None else settings.pad_token_id
+        output = language(**inputs, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        cache.batch_repeat_interleave(copies)
+        mask = inputs["attention_mask"].repeat_interleave(copies, 0)
+        logits = output.logits[:, -1].repeat_interleave(copies, 0)
+        logits[:, ends] = -torch.inf  # a caption has a token at least
+        finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        said: list[Tensor] = []
+        while True:
+            token = sample(None, logits).argmax(-1).masked_fill(finished, pad)
+            said.append(token)
+            finished |= torch.isin(token, ends)
+            if len(said) == self.sampling.max_new_tokens or finished.all():
+                return torch.stack(said, dim=1)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            logits = language(
+                input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True
+            ).logits[:, -1]
 
 
 class ITCScorer:
@@ -218,8 +179,8 @@ class LibraryCaptioner:
         if self.sampling.prompt:
             text = dict(self.tokenizer([self.sampling.prompt] * images, return_tensors="pt").to(device))
             text.pop("token_type_ids", None)
-        options = _options(chances, images, self.sampling, device)
-        ids = self.model.generate(pixel_values=pixel_values.to(device, self.model.dtype), **text, **options)
+        settings = options(chances, images, self.sampling, device)
+        ids = self.model.generate(pixel_values=pixel_values.to(device, self.model.dtype), **text, **settings)
         if text:  # BLIP repeats the prompt without its [SEP]
             ids = ids[:, text["input_ids"].shape[1] - 1 :]
         return _grouped(self.tokenizer.batch_decode(ids, skip_special_tokens=True), images)
