@@ -178,13 +178,14 @@ def decoder(request, parts, tmp_path_factory):
     return load(trained(2, first, folder / "two", language_model=str(language)), device="cpu")
 
 
-def eva(folder: Path) -> Path:
+def eva(folder: Path, **changes) -> Path:
     """An encoder that transformers' BLIP-2 can express."""
     from safetensors.torch import save_file
 
     from blip2.vision import VisionTransformer
 
-    config = tiny.config("retrieval", vision_config={"image_size": 64, "patch_size": 16}).vision_config
+    config = tiny.config("retrieval", vision_config={"image_size": 64, "patch_size": 16} | changes)
+    config = config.vision_config
     folder.mkdir()
     config.to_json_file(folder / "config.json")
     save_file(tiny.randomize(VisionTransformer(config)).state_dict(), folder / "model.safetensors")

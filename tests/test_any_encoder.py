@@ -93,6 +93,19 @@ def test_a_plain_function(tmp_path):
     assert torch.equal(load(folder, device="cpu").model.vision_model.encode(pixels), cells(pixels))
 
 
+def test_clip_as_lavis_has_it(tmp_path):
+    """Its norm before the blocks is beyond transformers' BLIP-2, which would read it with random weights."""
+    folder = tmp_path / "clip"
+    eva(folder, pre_layernorm=True, patch_bias=False)
+    saved = trained(1, folder, tmp_path / "one")
+    assert load(saved, device="cpu").model.config.model_type == "blip2-any"
+    with pytest.raises((OSError, ValueError)):
+        transformers.Blip2ForImageTextRetrieval.from_pretrained(saved)
+    assert load(
+        trained(1, eva(tmp_path / "eva"), tmp_path / "two"), device="cpu"
+    ).model.config.model_type == ("blip-2")
+
+
 # --- what cannot be ---
 
 
@@ -106,7 +119,8 @@ def sam(folder):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("no/where", "no image encoder in no/where"),
+        ("no/where", "no image encoder in no/where; .*hf download no/where"),
+        ("eva-vit-g", "no image encoder in eva-vit-g$"),
         ("others:nothing", "has no attribute 'nothing'"),
         ("nowhere:patches", "No module named 'nowhere'"),
         ("wide", r"gave \(1, 16, 32\); expected .* \(1, any, 48\)"),

@@ -76,6 +76,13 @@ def find(source: str) -> Path | None:
         return None
 
 
+def advice(source: str) -> str:
+    """How to get a source that is not here, where it is on the Hub; else ""."""
+    repo_id = ENCODERS.get(source, source)
+    folder = repo_id.startswith(("weights/", "runs/")) or not re.fullmatch(r"[\w-]+/[\w.-]+", repo_id)
+    return "" if folder else f"; if this is a Hub id: hf download {repo_id}"
+
+
 def load_encoder(source: str) -> Pretrained:
     """A pretrained image encoder.
 
@@ -92,7 +99,7 @@ def load_encoder(source: str) -> Pretrained:
     else:
         folder = find(source)
         if folder is None:
-            raise RecipeError(f"there is no image encoder in {source}, nor in the Hub's cache")
+            raise RecipeError(f"there is no image encoder in {source}{advice(source)}")
         if read_json(folder / "config.json").get("model_type", OURS) == OURS:
             return _vision_transformer(folder)
         found = _auto(folder)
