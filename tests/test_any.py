@@ -14,7 +14,7 @@ from PIL import Image
 
 from blip2 import cli
 from blip2.chat import CachePool, Chat
-from blip2.checkpoint import load
+from blip2.checkpoint import load, save
 from blip2.generation import Generation, generate
 from blip2.language import Manners
 from blip2.ui import build, launch
@@ -142,14 +142,19 @@ def test_transformers_refuses(pair):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8", "nf4"])
-def test_loads_in_few_bits(pair, precision):
+def test_loads_in_few_bits(pair, precision, tmp_path):
     loaded = load(pair[3], precision=precision, device="cpu")
     pixels = torch.randn(1, 3, 64, 64)
     exact = load(pair[3], precision="float32", device="cpu").model.image_embeds(pixels)
     seen = loaded.model.image_embeds(pixels).float()
     assert (seen - exact).norm() / exact.norm() < 0.25
-    [[text]] = generate(loaded.model, loaded.processor, loaded.model.encode_image(pixels), "a", GREEDY)
-    assert isinstance(text, str)
+    again = load(save(loaded.model, loaded.processor, tmp_path / "again"), device="cpu")
+    assert again.precision == (precision if precision != "bfloat16" else "float32")
+    for one in (loaded, load(tmp_path / "again", precision=precision, device="cpu")):
+        texts = generate(one.model, one.processor, one.model.encode_image(pixels), "a", GREEDY)
+        assert texts == generate(
+            loaded.model, loaded.processor, loaded.model.encode_image(pixels), "a", GREEDY
+        )
 
 
 @pytest.mark.parametrize("kind", ["clip", "vit", "dinov3"])

@@ -9,7 +9,7 @@ import transformers
 from test_any import PAIRS, eva, parts, picture, trained  # noqa: F401 - fixtures
 
 from blip2 import cli, encoders
-from blip2.checkpoint import CheckpointError, load
+from blip2.checkpoint import CheckpointError, load, save
 from blip2.encoders import ExternalEncoder, register_encoder
 from train.encoders import load_encoder
 from train.recipes import Execution, RecipeError, scenes_stage1
@@ -32,7 +32,7 @@ def own(parts, tmp_path_factory):  # noqa: F811
     return first, trained(2, first, folder / "two", **changes)
 
 
-def test_ones_own_encoder_is_trained_and_saved(own):
+def test_ones_own_encoder_is_trained_and_saved(own, tmp_path):
     """Its weights are frozen and saved, and its place is taken by what the user registers."""
     kept = others.patches()
     register_encoder(SOURCE, lambda: ExternalEncoder(others.Patches(), width=32, image_size=64))
@@ -46,6 +46,9 @@ def test_ones_own_encoder_is_trained_and_saved(own):
         torch.testing.assert_close(hidden, kept.encode(pixels))
         half = load(folder, precision="bfloat16", device="cpu").model
         assert half.vision_model.encode(pixels).dtype == torch.bfloat16
+        few = load(folder, precision="int8", device="cpu")
+        again = load(save(few.model, few.processor, tmp_path / folder.parent.name), device="cpu").model
+        assert torch.equal(again.vision_model.encode(pixels), few.model.vision_model.encode(pixels))
 
 
 def test_no_code_is_run_because_a_folder_names_it(own, picture, capsys, monkeypatch, tmp_path):  # noqa: F811
@@ -158,8 +161,19 @@ def test_decoders_that_do_not_fit(parts, tmp_path):  # noqa: F811
     transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "bart")
     others.tokenizer("llama").save_pretrained(tmp_path / "bart")
     first = trained(1, eva(tmp_path / "eva"), tmp_path / "one")
-    with pytest.raises(RecipeError, match="type bart work neither"):
-        trained(2, first, tmp_path / "two", language_model=str(tmp_path / "bart"))
+    config = transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    others.tokenizer("llama").save_pretrained(tmp_path / "mamba")
+    for name, message in (
+        ("bart", "type bart work neither"),
+        ("mamba", "linear_attention"),
+        ("vit", "Unrecognized configuration"),
+    ):
+        folder = parts("vit") if name == "vit" else tmp_path / name
+        if name == "vit":
+            others.tokenizer("llama").save_pretrained(folder)
+        with pytest.raises(RecipeError, match=message):
+            trained(2, first, tmp_path / "two", language_model=str(folder))
 
 
 # --- precisions ---
