@@ -174,13 +174,19 @@ def test_other_encoders_survive_a_folder(kind, parts, tmp_path):
 # --- decoders ---
 
 
+@pytest.fixture(scope="module")
+def eva_stage1(tmp_path_factory):
+    """Stage 1 around an encoder that transformers' BLIP-2 can express."""
+    folder = tmp_path_factory.mktemp("eva")
+    return trained(1, eva(folder / "eva"), folder / "one")
+
+
 @pytest.fixture(scope="module", params=["qwen", "qwen3", "llama", "mistral"])
-def decoder(request, parts, tmp_path_factory):
+def decoder(request, parts, eva_stage1, tmp_path_factory):
     """Stage 2 with a decoder on rotary positions, around an EVA-like encoder; Mistral has a window."""
-    folder = tmp_path_factory.mktemp("decoder")
     language = parts("llama", spare=0) if request.param == "llama" else parts(request.param)
-    first = trained(1, eva(folder / "eva"), folder / "one")
-    return load(trained(2, first, folder / "two", language_model=str(language)), device="cpu")
+    folder = tmp_path_factory.mktemp("decoder")
+    return load(trained(2, eva_stage1, folder, language_model=str(language)), device="cpu")
 
 
 def eva(folder: Path, **changes) -> Path:

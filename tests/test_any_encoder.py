@@ -96,7 +96,7 @@ def test_a_plain_function(tmp_path):
     assert torch.equal(load(folder, device="cpu").model.vision_model.encode(pixels), cells(pixels))
 
 
-def test_clip_as_lavis_has_it(tmp_path):
+def test_clip_as_lavis_has_it(eva_stage1, tmp_path):
     """Its norm before the blocks is beyond transformers' BLIP-2, which would read it with random weights."""
     folder = tmp_path / "clip"
     eva(folder, pre_layernorm=True, patch_bias=False)
@@ -104,9 +104,7 @@ def test_clip_as_lavis_has_it(tmp_path):
     assert load(saved, device="cpu").model.config.model_type == "blip2-any"
     with pytest.raises((OSError, ValueError)):
         transformers.Blip2ForImageTextRetrieval.from_pretrained(saved)
-    assert load(
-        trained(1, eva(tmp_path / "eva"), tmp_path / "two"), device="cpu"
-    ).model.config.model_type == ("blip-2")
+    assert load(eva_stage1, device="cpu").model.config.model_type == "blip-2"
 
 
 # --- what cannot be ---
@@ -152,7 +150,7 @@ def test_encoders_that_do_not_fit(source, message, tmp_path, parts):  # noqa: F8
         load_encoder(source)
 
 
-def test_decoders_that_do_not_fit(parts, tmp_path):  # noqa: F811
+def test_decoders_that_do_not_fit(parts, eva_stage1, tmp_path):  # noqa: F811
     """BART is an encoder-decoder that transformers' BLIP-2 takes for a decoder."""
     config = transformers.BartConfig(
         vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
@@ -160,7 +158,6 @@ def test_decoders_that_do_not_fit(parts, tmp_path):  # noqa: F811
     )  # fmt: skip
     transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "bart")
     others.tokenizer("llama").save_pretrained(tmp_path / "bart")
-    first = trained(1, eva(tmp_path / "eva"), tmp_path / "one")
     config = transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1)
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
     others.tokenizer("llama").save_pretrained(tmp_path / "mamba")
@@ -173,7 +170,7 @@ def test_decoders_that_do_not_fit(parts, tmp_path):  # noqa: F811
         if name == "vit":
             others.tokenizer("llama").save_pretrained(folder)
         with pytest.raises(RecipeError, match=message):
-            trained(2, first, tmp_path / "two", language_model=str(folder))
+            trained(2, eva_stage1, tmp_path / "two", language_model=str(folder))
 
 
 # --- precisions ---
