@@ -6,7 +6,7 @@ import others
 import pytest
 import torch
 import transformers
-from test_any import PAIRS, eva, parts, picture, trained  # noqa: F401 - fixtures
+from test_any import eva, eva_stage1, parts, picture, trained  # noqa: F401 - fixtures
 
 from blip2 import cli, encoders
 from blip2.checkpoint import CheckpointError, load, save
@@ -96,7 +96,7 @@ def test_a_plain_function(tmp_path):
     assert torch.equal(load(folder, device="cpu").model.vision_model.encode(pixels), cells(pixels))
 
 
-def test_clip_as_lavis_has_it(eva_stage1, tmp_path):
+def test_clip_as_lavis_has_it(eva_stage1, tmp_path):  # noqa: F811
     """Its norm before the blocks is beyond transformers' BLIP-2, which would read it with random weights."""
     folder = tmp_path / "clip"
     eva(folder, pre_layernorm=True, patch_bias=False)
