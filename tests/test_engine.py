@@ -22,6 +22,7 @@ from torch import nn
 from train import state
 from train.engine import FitConfig, NonFiniteError, fit, make_accelerator
 from train.loader import IndexLoader
+from train.stop import CollapseError
 
 CONFIG = FitConfig(
     steps=10,
@@ -312,7 +313,7 @@ def test_evaluation_does_not_disturb_the_run(whole, tmp_path):
     toy, _ = whole
     modes = []
 
-    def evaluate(objective):
+    def evaluate(objective, step):
         modes.append((objective.training, torch.is_grad_enabled()))
         torch.rand(3)
         np.random.rand(3)
@@ -396,3 +397,43 @@ def test_index_loader_is_a_function_of_seed_and_step():
     assert torch.equal(next(iter(again))["x"], skipped[4])
     with pytest.raises(ValueError, match="do not fill one batch"):
         IndexLoader(3, 4, fetch)
+
+
+# --- the probe ---
+
+
+def judged(values, folder, steps=None, **changes):
+    """Train a toy whose probe takes these values, an evaluation every 2 steps."""
+    values = iter(values)
+    config = dataclasses.replace(CONFIG, eval_every=2, save_every=2, probe="score", **changes)
+    toy = Toy()
+    fit(toy, loader(), config, folder, evaluate=lambda objective, step: {"score": next(values)})
+    return toy
+
+
+def test_the_best_weights_are_kept(tmp_path):
+    toy = judged([1.0, 5.0, 4.0, 4.5, 4.9], tmp_path)
+    assert json.loads((tmp_path / "best" / "best.json").read_text()) == {
+        "step": 4, "metric": "score", "value": 5.0,
+    }  # fmt: skip
+    last, best = weights(toy), Toy()
+    assert state.load_best(tmp_path, best) == 4
+    assert not same(weights(best), last)
+    assert state.best(tmp_path, 10) == 5.0 and state.best(tmp_path, 3) is None
+
+
+def test_a_collapse_stops_the_run(tmp_path, capsys):
+    with pytest.raises(CollapseError, match=r"step 8: score is 3\.2, after 5 at best.*best.*--collapse 0"):
+        judged([3.0, 5.0, 3.9, 3.2], tmp_path, collapse=2 / 3)
+    assert "warning: score has fallen from 5 to 3.9" in capsys.readouterr().out
+    assert state.load_best(tmp_path, Toy()) == 4
+    again = tmp_path / "again"
+    judged([3.0, 5.0, 3.9, 0.1, 0.1], again)  # 0: never
+
+
+def test_the_best_survives_a_stop(tmp_path):
+    """A run that goes on compares with the best before it stopped."""
+    with pytest.raises(StopIteration):
+        judged([9.0, 1.0], tmp_path)
+    judged([1.0] * 5, tmp_path)
+    assert state.load_best(tmp_path, Toy()) == 2

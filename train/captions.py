@@ -122,6 +122,7 @@ def scenes_loader(
     *,
     seed: int = 0,
     split: str = "train",
+    shared: bool = False,
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> IndexLoader:
@@ -133,6 +134,7 @@ def scenes_loader(
         batch_size: over all processes.
         seed: of order and captions.
         split: "train" or "validation".
+        shared: give every process all rows, instead of its own.
         mean: of the image encoder's pixels, in [0, 1].
         std: likewise.
     """
@@ -150,6 +152,7 @@ def scenes_loader(
     def fetch(indices: list[int], generator: np.random.Generator) -> Batch:
         drawn = [sample(index, split) for index in indices]
         words = random.Random(int(generator.integers(2**63)))
+        said = [say(scene, words) for scene in drawn]
         if hidden is not None:
             image = {"image_hidden": torch.from_numpy(hidden[indices])}
         else:
@@ -157,11 +160,11 @@ def scenes_loader(
             image = {"pixel_values": normalize(torch.from_numpy(pixels), mean, std)}
         return {
             **image,
-            **tokenize([say(scene, words) for scene in drawn], generator),
+            **tokenize(said, generator),
+            "captions": said,
             "keys": [f"{split}/{index}" for index in indices],
         }
 
-    world = distributed.world_size()
-    return IndexLoader(
-        number, batch_size // world, fetch, seed=seed, rank=distributed.rank(), world_size=world
-    )
+    world = 1 if shared else distributed.world_size()
+    rank = 0 if shared else distributed.rank()
+    return IndexLoader(number, batch_size // world, fetch, seed=seed, rank=rank, world_size=world)

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from train import distributed, optim, state
 from train.loader import Batch, Loader
 from train.log import Log, Window
-from train.stop import Flags, NonFiniteError, stop_signals
+from train.stop import CollapseError, Flags, NonFiniteError, stop_signals
 
+Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -68,6 +69,10 @@ class FitConfig:
     """Steps between saved states; one is saved at the end and on SIGTERM in any case."""
     keep_states: int = 2
     """Saved states that remain."""
+    probe: str | None = None
+    """Metric of the evaluation by which the best weights are kept, in best/; the higher the better."""
+    collapse: float = 0.0
+    """Stop when the probe falls below this share of its best: what was learned is being unlearned."""
     timeout_minutes: float = 30.0
     """How long a process waits for the others before it gives up."""
     trackers: tuple[str, ...] = ("tensorboard",)
@@ -83,6 +88,8 @@ class FitConfig:
                 f"min_learning_rate is {self.min_learning_rate}; "
                 f"it must lie in 0 .. learning_rate ({self.learning_rate})"
             )
+        if not 0 <= self.collapse < 1:
+            raise ValueError(f"collapse is {self.collapse}; it is a share of the best, 0 (never) to below 1")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes is {self.max_minutes}; give a positive number, or leave it out")
 
@@ -143,7 +150,7 @@ def fit(
     folder: str | os.PathLike[str],
     *,
     run: Mapping[str, Any] | None = None,
-    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     accelerator: Accelerator | None = None,
     stop_requested: Callable[[], bool] | None = None,
 ) -> Result:
@@ -158,8 +165,8 @@ def fit(
         folder: of this run alone; gets config.json, log.jsonl and states/.
         run: the run's whole resolved configuration, by default `config`; a folder that holds another is
             refused.
-        evaluate: (objective in eval mode, without gradients) -> metrics. Every rank calls it, rank 0's values
-            are logged, and the run's random generators do not notice.
+        evaluate: (objective in eval mode, without gradients; step) -> metrics. Every rank calls it, rank 0's
+            values are logged, and the run's random generators do not notice.
         accelerator: from `make_accelerator`, which the default calls.
         stop_requested: whether to end early; by default of `stop_signals`, which lasts as long as this call.
 
@@ -168,6 +175,7 @@ def fit(
 
     Raises:
         NonFiniteError: a loss or a gradient norm was not finite. The step was not applied, nothing is saved.
+        CollapseError: the probe fell below `config.collapse` of its best.
         SaveError: a state could not be written.
         StateError: `folder` or its state belongs to another run.
     """
@@ -214,6 +222,7 @@ def fit(
         f"{distributed.world_size()} process(es), {device}, {config.precision}"
     )
     window, flags, metrics, rate, stop = Window(), Flags(), dict[str, float](), 0.0, False
+    best = state.best(folder, step) if config.probe else None
 
     def due(every: int) -> bool:
         return step > first and (step >= total or stop or (every > 0 and step % every == 0))
@@ -236,7 +245,8 @@ def fit(
         if evaluate is not None and due(config.eval_every) and not stop:
             flags.read(everything=True)
             with window.paused():
-                metrics |= log.evaluation(step, _evaluate(evaluate, objective))
+                metrics |= log.evaluation(step, _evaluate(evaluate, objective, step, accelerator))
+                best = _judge(config, metrics, best, folder, step, objective, log)
 
         if due(config.save_every):
             flags.read(everything=True)
@@ -312,6 +322,33 @@ def _backward(model: nn.Module, parts: list[Batch], accelerator: Accelerator) ->
     return values
 
 
+def _judge(
+    config: FitConfig,
+    metrics: Mapping[str, float],
+    best: float | None,
+    folder: Path,
+    step: int,
+    objective: nn.Module,
+    log: Log,
+) -> float | None:
+    """Keep the best weights by the probe; returns its best value, and raises where it has collapsed."""
+    if config.probe is None:
+        return best
+    value = metrics[f"eval/{config.probe}"]
+    if best is None or value >= best:
+        state.save_best(folder, step, objective, config.probe, value)
+        return value
+    if value < config.collapse * best:
+        raise CollapseError(
+            f"step {step}: {config.probe} is {value:.4g}, after {best:.4g} at best: the model unlearns to "
+            f"look at the picture. The best weights are in {folder / 'best'}. A lower learning rate, more or "
+            "cleaner data, or fewer steps help; --collapse 0 trains on regardless"
+        )
+    if value < (1 + config.collapse) / 2 * best:
+        log.say(f"warning: {config.probe} has fallen from {best:.4g} to {value:.4g}")
+    return best
+
+
 def _skipped(loader: Loader, device: torch.device) -> dict[str, float]:
     """How many samples all processes have left out, where the loader counts them."""
     if (skipped := getattr(loader, "skipped", None)) is None:
@@ -328,11 +365,15 @@ def _rows(batch: Batch) -> int:
     return next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), 0)
 
 
-def _evaluate(evaluate: Callable[[nn.Module], Mapping[str, float]], objective: nn.Module) -> dict[str, float]:
+def _evaluate(
+    evaluate: Evaluate, objective: nn.Module, step: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Rank 0's metrics, on every rank."""
     generators = state.rng_state()
     objective.eval()
-    with torch.no_grad():
-        metrics = {name: float(value) for name, value in evaluate(objective).items()}
+    with torch.no_grad(), accelerator.autocast():
+        metrics = {name: float(value) for name, value in evaluate(objective, step).items()}
+    metrics = distributed.all_gather_object(metrics)[0]
     objective.train()
     state.set_rng_state(generators)
     return metrics

@@ -9,13 +9,13 @@ The same command goes on where a stopped run left off. Stage 1 is Sec. 3.2 of th
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,17 @@ from blip2.model import Blip2
 from blip2.processing import Processor
 from train import distributed
 from train.captions import scenes_loader, tokenize_for
-from train.engine import NonFiniteError, Result, fit, make_accelerator
+from train.engine import Evaluate, NonFiniteError, Result, fit, make_accelerator
 from train.execution import prepare
 from train.loader import Loader
 from train.log import say
 from train.objectives import Objective, Stage1, Stage2
+from train.probe import Probe
 from train.recipes import RECIPES, Recipe, RecipeError, Scenes
 from train.start import finished
 from train.start import start as start_model
 from train.state import SaveError, StateError
-from train.stop import stop_signals
+from train.stop import CollapseError, stop_signals
 
 
 def start(recipe: Recipe) -> tuple[Objective, Processor]:
@@ -53,9 +54,7 @@ def start(recipe: Recipe) -> tuple[Objective, Processor]:
     return Stage1(model, recipe.objectives, recipe.execution.micro_batch_size), processor
 
 
-def mean_losses(
-    make_loader: Callable[[], Loader], batches: int, seed: int = 0
-) -> Callable[[nn.Module], dict[str, float]]:
+def mean_losses(make_loader: Callable[[], Loader], batches: int, seed: int = 0) -> Evaluate:
     """An evaluation for `fit`: the objective's values, averaged over the same batches every time.
 
     Args:
@@ -64,7 +63,7 @@ def mean_losses(
         seed: of what the losses draw themselves, such as hard negatives.
     """
 
-    def evaluate(objective: nn.Module) -> dict[str, float]:
+    def evaluate(objective: nn.Module, step: int) -> dict[str, float]:
         distributed.seed_everything(seed)
         device = next(objective.parameters()).device
         rows = []
@@ -72,6 +71,21 @@ def mean_losses(
             outputs = objective({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
             rows.append({name: value.item() for name, value in outputs.items()})
         return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+
+    return evaluate
+
+
+def _answers(recipe: Recipe, processor: Processor) -> Evaluate:
+    """Exact match of answers about drawn scenes; no question was ever trained."""
+    from train.scenes.evaluate import answers
+
+    assert isinstance(recipe.data, Scenes)
+    count, output = recipe.data.num_asked, Path(recipe.output)
+
+    def evaluate(objective: nn.Module, step: int) -> dict[str, float]:
+        model: Any = objective.model
+        loaded = checkpoint.Loaded(model, processor, "custom", "float32", model.device, output, [])
+        return answers(loaded, count, "validation")
 
     return evaluate
 
@@ -118,22 +132,15 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
             f"data.image_size is {scenes.image_size}, the image encoder takes {processor.image_size}: make "
             "them equal"
         )
-    load = functools.partial(scenes_loader, scenes, tokenize, size, mean=processor.mean, std=processor.std)
-    evaluate = mean_losses(
-        lambda: load(split="validation"),
-        scenes.num_validation // size,
-    )
-    losses = evaluate
-
-    def losses_and_answers(objective: nn.Module) -> dict[str, float]:
-        from train.scenes.evaluate import answers
-
-        model: Any = objective.model
-        loaded = checkpoint.Loaded(model, processor, name, "float32", model.device, output, [])
-        return {**losses(objective), **answers(loaded, scenes.num_asked, "validation")}
-
+    load = partial(scenes_loader, scenes, tokenize, size, mean=processor.mean, std=processor.std)
+    held_out = partial(load, split="validation")
+    batches = scenes.num_validation // size
+    evaluations: list[Evaluate] = [
+        mean_losses(held_out, batches),
+        Probe(processor, partial(held_out, shared=True), batches, output),
+    ]
     if recipe.stage == 2 and scenes.num_asked:
-        evaluate = losses_and_answers
+        evaluations.append(_answers(recipe, processor))
     # On a CPU plain attention is the faster for short sequences: 1.4 times in bf16 without dropout.
     plain = sdpa_kernel(SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext()
     with plain:
@@ -143,7 +150,9 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
             recipe.fit,
             output,
             run={"recipe": name, **dataclasses.asdict(recipe)},
-            evaluate=evaluate,
+            evaluate=lambda objective, step: {
+                name: value for one in evaluations for name, value in one(objective, step).items()
+            },
             accelerator=accelerator,
             stop_requested=stop_requested,
         )
@@ -169,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RecipeError, StateError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (NonFiniteError, SaveError, OSError) as error:
+    except (NonFiniteError, CollapseError, SaveError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:

@@ -20,8 +20,13 @@ class NonFiniteError(RuntimeError):
     """A loss or a gradient norm was not finite; the message names the samples."""
 
 
+class CollapseError(RuntimeError):
+    """What a model could do it can do no more, though its loss may still fall."""
+
+
 SAME_REQUEST = 5.0  # seconds in which another signal is the same request, passed on by a launcher
 PARENT_EVERY = 1.0  # seconds between looks at the parent
+ORPHAN_ENDS = 300.0  # seconds that a run may take to save once its parent is gone; then it ends without
 
 
 @contextmanager
@@ -48,6 +53,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         while not ended.wait(PARENT_EVERY):
             if os.getppid() != parent:
                 received.append(time.monotonic())
+                if not ended.wait(ORPHAN_ENDS):
+                    os._exit(1)  # it waits for processes that are gone as well
                 return
 
     if threading.current_thread() is threading.main_thread():  # python delivers signals to no other
