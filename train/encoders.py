@@ -123,9 +123,10 @@ def _external(source: str) -> Pretrained:
 
 def _vision_transformer(folder: Path) -> Pretrained:
     config = Blip2VisionConfig.from_json_file(folder / "config.json")
-    encoder = VisionTransformer(config)
+    with torch.device("meta"):  # no random weights: the run's seed is for what starts from them
+        encoder = VisionTransformer(config)
     weights = load_file(folder / "model.safetensors")
-    encoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    encoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     if not (folder / "preprocessor_config.json").exists():
         return Pretrained(encoder, encoder.embeddings.image_size)
     return Pretrained(encoder, encoder.embeddings.image_size, *_normalization(_settings(folder), folder))
