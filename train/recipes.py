@@ -155,7 +155,13 @@ class Recipe:
             ("BERT weights", self.bert),
             ("a language model", self.language_model),
         ]
-        lacking = [f"{what}: there is none in {path}" for what, path in named if path and not _filled(path)]
+        from train.encoders import advice
+
+        lacking = [
+            f"{what}: there is none in {path}{advice(path)}"
+            for what, path in named
+            if path and not _filled(path)
+        ]
         return lacking + self.data.missing()
 
 
