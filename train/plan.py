@@ -37,7 +37,7 @@ PEAK = {
     "a100": 312e12,
     "h100": 989e12,
     "h200": 989e12,
-}  # dense bf16 operations a second, of NVIDIA's data sheets
+}  # dense bf16, of data sheets
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.516}
 RESERVED = 2e9
 WASTE = 0.1
