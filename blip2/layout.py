@@ -195,6 +195,8 @@ def check_config(config: Blip2Config, source: Path | str = "config") -> None:
         if isinstance(act, str) and act not in ACT2FN:
             fail(f"{label}.hidden_act {act!r} is unknown")
     image, patch = get(vision, "image_size"), get(vision, "patch_size")
+    if vision.model_type != "blip_2_vision_model":
+        patch = None  # others leave a rest of the image out
     if isinstance(image, int) and isinstance(patch, int) and (patch < 1 or image < patch or image % patch):
         fail(f"vision_config.image_size {image} is not a multiple of patch_size {patch}")
     if config.num_query_tokens < 1:
