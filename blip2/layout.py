@@ -159,11 +159,17 @@ def readers(config: Blip2Config) -> str:
     if config.model_type != "blip2-any":
         return ""
     vision: Any = config.vision_config
-    kind = {"blip_2_vision_model": "CLIP as LAVIS has it"}.get(vision.model_type, vision.model_type)
-    kind = f"the function {vision.source}" if vision.model_type == "blip2_callable" else kind
+    kind = vision.model_type
+    if kind == "blip_2_vision_model":
+        kind = "CLIP as LAVIS has it" if getattr(vision, "pre_layernorm", False) else "EVA-CLIP"
+    elif kind == "blip2_callable":
+        kind = f"the function {vision.source}"
+    parts = f"image encoder: {kind}"
+    if not config.qformer_config.use_qformer_text_input:  # stage 1 has no language model
+        parts += f"; language model: {config.text_config.model_type}"
     return (
-        f"Model type blip2-any (image encoder: {kind}; language model: {config.text_config.model_type}): "
-        "transformers' BLIP-2 cannot express this model and refuses its folder; the package blip2 reads it."
+        f"Model type blip2-any ({parts}): transformers' BLIP-2 cannot express this model and refuses its "
+        "folder; the package blip2 reads it."
     )
 
 
