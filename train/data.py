@@ -31,8 +31,9 @@ from train import distributed
 from train.captions import Tokenize
 from train.loader import Batch, DataError
 from train.plain import from_plain, to_plain
+from train.reading import open_folders
 from train.recipes import Shards, Source
-from train.samples import Encoder, concatenate, describe, open_folders
+from train.samples import Encoder, concatenate, describe
 
 log = logging.getLogger("train.data")
 SKIP_LIMIT, SKIP_LEAST = 0.01, 1000  # stop above this share, once so many samples were drawn

@@ -76,13 +76,13 @@ def _shards(folder: Path) -> Path:
     """The folder itself, or the shards made of its table."""
     if not folder.is_dir():
         raise RecipeError(f"there is no folder {folder}")
-    if any(folder.glob("**/*.tar")):
+    made = folder / "shards"
+    if not made.exists() and any(folder.glob("**/*.tar")):
         return folder
     tables = sorted([*folder.glob("*.csv"), *folder.glob("*.jsonl")])
     if len(tables) != 1:
         found = ", ".join(path.name for path in tables) or "none"
         raise RecipeError(f"{folder} needs shards (.tar), or one .csv or .jsonl; it has {found}")
-    made = folder / "shards"
     if not (made / ".nv-meta" / "dataset.yaml").exists():
         if distributed.promised() > 1:
             raise RecipeError(f"run `python -m train.data prepare pairs {tables[0]} {made}` first, once")

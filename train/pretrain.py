@@ -29,6 +29,7 @@ from blip2 import checkpoint
 from blip2.model import Blip2
 from blip2.processing import Processor
 from train import distributed, plan, weights
+from train.best import CollapseError, load_best
 from train.captions import scenes_loader, tokenize_for
 from train.domain import domain
 from train.engine import Evaluate, NonFiniteError, Result, fit, make_accelerator
@@ -42,8 +43,8 @@ from train.recipes import RECIPES, Recipe, RecipeError, Scenes
 from train.smoke import smoke
 from train.start import finished
 from train.start import start as start_model
-from train.state import SaveError, StateError, load_best
-from train.stop import CollapseError, stop_signals
+from train.state import SaveError, StateError
+from train.stop import stop_signals
 
 EVALUATED, EVALUATED_BATCHES = 256, 16  # pairs in a batch of the evaluation, and batches at most
 

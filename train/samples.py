@@ -10,15 +10,12 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import tarfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.energon import SkipSample, TaskEncoder, WorkerConfig
-from megatron.energon.epathlib import EPath
-from megatron.energon.flavors.webdataset import DefaultDecoderWebdatasetFactory
 from megatron.energon.task_encoder.base import stateless
 from PIL import Image
 from torch import Tensor
@@ -27,7 +24,7 @@ from blip2.errors import ImageError
 from blip2.images import open_image
 from train.captions import Tokenize
 from train.loader import Batch, DataError
-from train.recipes import Shards, Source
+from train.recipes import Source
 from train.transforms import TrainTransform, clean_caption, decode, normalize
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")
@@ -40,90 +37,6 @@ Record = Mapping[str, Any]
 
 class Unusable(Exception):
     """A sample that is skipped and counted; its argument is one of `KINDS`."""
-
-
-# --- reading ---
-
-
-class _Reader:
-    """An energon reader that hands on what it cannot read as a sample that says so."""
-
-    def __init__(self, reader: Any):
-        self.reader = reader
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.reader[index]
-        # A missing file, a truncated one, bytes that are no tar, an index that is too short
-        except (OSError, tarfile.TarError, ValueError, EOFError, LookupError, AttributeError) as error:
-            shard = np.searchsorted(self.reader.shard_count_cumsum, index, side="right") - 1
-            name = self.reader.shard_infos[shard].name
-            return {
-                "__key__": str(index - self.reader.shard_count_cumsum[shard]),
-                "__shard__": name,
-                "__restore_key__": ("Webdataset", index),
-                "__sources__": (),
-                "error": f"{type(error).__name__}: {error}",
-            }
-
-
-class ImageTextFolder(DefaultDecoderWebdatasetFactory[dict]):
-    """A prepared folder as energon reads it: raw bytes, and no exception for a shard that cannot be read."""
-
-    __sample_type__ = dict
-
-    def __init__(self, path: Any, **options: Any):
-        super().__init__(path, decoder=None, sample_loader=dict, part_filter=lambda part: True, **options)
-
-    def build(self, worker_rotation_offset: int = 0) -> Any:
-        dataset: Any = super().build(worker_rotation_offset)
-        dataset.dataset.join_readers = [_Reader(reader) for reader in dataset.dataset.join_readers]
-        return dataset
-
-
-def open_folders(
-    shards: Shards, split: str, workers: WorkerConfig, reading: Mapping[str, int]
-) -> dict[str, ImageTextFolder]:
-    """The folders that a split, "train" or "validation", reads.
-
-    Args:
-        shards: names them.
-        split: of `shards_loader`.
-        workers: how many read.
-        reading: options of energon's for training.
-
-    Raises:
-        DataError: one is not prepared, has no such split, or has fewer samples than there are workers.
-    """
-    train = split == "train"
-    names = list(shards.weights) if train else list(shards.validation or shards.weights)
-    part, folders, streams = "train" if train else "val", {}, workers.world_size * max(1, workers.num_workers)
-    for name in names:
-        try:
-            folder = ImageTextFolder(
-                EPath(name), split_part=part, training=train, worker_config=workers,
-                subflavors={"folder": name}, **(reading if train else {}),
-            )  # fmt: skip
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"{name} is not prepared ({error}); see `python -m train.data prepare -h`"
-            ) from error
-        except (AssertionError, LookupError) as error:  # energon: no such part, or an empty one
-            if train or shards.validation:
-                raise DataError(f"{name} has no {part} split; it was prepared without one") from error
-            continue
-        if len(folder) < streams:
-            raise DataError(
-                f"{name} has {len(folder)} samples to {'train' if train else 'evaluate'} on, fewer than the "
-                f"{streams} processes x workers; use fewer workers"
-            )
-        folders[name] = folder
-    if not folders:
-        raise DataError(
-            f"none of {', '.join(names)} has a val split; prepare one with --validation, or name a folder in "
-            "`validation`"
-        )
-    return folders
 
 
 # --- one sample ---

@@ -28,7 +28,7 @@ from blip2.config import config_class
 from blip2.convert import qformer_from_bert
 from blip2.encoders import import_encoder, registered
 from blip2.language import Manners
-from blip2.layout import readers
+from blip2.layout import MODEL_TYPES, read_json, readers
 from blip2.model import Blip2
 from blip2.processing import Family, Processor
 from blip2.qformer import QFormer
@@ -189,6 +189,14 @@ def start(recipe: Recipe, stored: bool = False) -> tuple[Model, Processor]:
 
 
 def _start_stage1(recipe: Recipe) -> tuple[Blip2Representation, Processor]:
+    folder = find(recipe.start_from)
+    if folder is not None and read_json(folder / "config.json").get("model_type") in MODEL_TYPES:
+        loaded = checkpoint.load(folder, precision="float32", device="cpu")
+        if not isinstance(loaded.model, Blip2Representation):
+            raise RecipeError(
+                f"{folder} is a stage-2 model; stage 1 starts from an encoder, or a stage-1 model"
+            )
+        return loaded.model, loaded.processor
     if recipe.tokenizer is None:
         from train.scenes.text import build_tokenizer
 

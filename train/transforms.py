@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from blip2.images import CLIP_MEAN, CLIP_STD, MAX_PIXELS, open_image
+from blip2.images import CLIP_MEAN, CLIP_STD, MAX_ASPECT, MAX_PIXELS, open_image
 
 _PUNCTUATION = re.compile(r"[.!\"()*#:;~]")
 TRIES = 10  # at a crop, before the middle of the image is taken
@@ -49,17 +49,22 @@ def decode(data: bytes, wanted: int) -> Image.Image:
     Raises:
         ImageError: no usable picture.
     """
-    if data.startswith(b"\xff\xd8\xff"):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
-                image = Image.open(io.BytesIO(data), formats=("JPEG",))
-        except Exception:  # hostile headers raise almost anything; open_image says what is wrong
+    if not data.startswith(b"\xff\xd8\xff"):
+        return open_image(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS decides
+            image = Image.open(io.BytesIO(data), formats=("JPEG",))
+        width, height = image.size
+        if width * height > MAX_PIXELS or max(image.size) > MAX_ASPECT * min(image.size):
             return open_image(data)
-        if image.width * image.height <= MAX_PIXELS and min(image.size) >= 2 * wanted:
+        if min(image.size) >= 2 * wanted:
             image.draft("RGB", (wanted, wanted))
-            return open_image(image)
-    return open_image(data)
+        image.load()
+    except Exception:  # hostile data raises almost anything; open_image says what is wrong
+        return open_image(data)
+    upright = image.mode == "RGB" and "exif" not in image.info
+    return image if upright else open_image(image)  # which copies
 
 
 @dataclass(frozen=True)
