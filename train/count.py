@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -218,8 +218,3 @@ def _plain(
         scores = scores + torch.zeros_like(attn_mask, dtype=scores.dtype)
     weights = F.dropout(F.softmax(scores, -1), dropout_p)
     return torch.matmul(_narrow(weights), value)
-
-
-def parameters(module: nn.Module, trained: bool) -> int:
-    """How many numbers a module trains, or keeps frozen."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad == trained)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, Blip2VisionConfig
 
 from blip2.config import config_class
@@ -132,3 +133,34 @@ def batch(recipe: Recipe, rows: int) -> dict[str, torch.Tensor]:
             "attention_mask": torch.empty(rows, text, dtype=torch.long),
         }
         return made | ({"labels": torch.empty(rows, target, dtype=torch.long)} if recipe.stage == 2 else {})
+
+
+_sizes: dict[tuple[Any, ...], dict[str, int]] = {}
+
+
+def parts(recipe: Recipe) -> tuple[Any, ...]:
+    """What a recipe's sizes depend on."""
+    return recipe.stage, recipe.start_from, recipe.language_model, recipe.tokenizer, str(recipe.qformer)
+
+
+def sizes(recipe: Recipe) -> dict[str, int]:
+    """How many numbers are trained, and how many are frozen: in the image encoder ("vision"), in the language
+    model ("language"), and in that one's largest layer and in its embeddings and head ("ends"), which are
+    never split.
+    """
+    if parts(recipe) not in _sizes:
+        model = build(recipe, Execution()).model
+        found = {"trained": _count(model, True), "vision": _count(model.vision_model, False)}
+        found |= {"language": 0, "layer": 0, "ends": 0}
+        if recipe.stage == 2:
+            language: Any = model.language_model
+            outer = {language.get_input_embeddings().weight, language.get_output_embeddings().weight}
+            found["language"] = _count(language, False)
+            found["layer"] = max(_count(block, False) for block in execution.blocks(language))
+            found["ends"] = sum(weight.numel() for weight in outer)
+        _sizes[parts(recipe)] = found
+    return _sizes[parts(recipe)]
+
+
+def _count(module: nn.Module, trained: bool) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad == trained)

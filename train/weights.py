@@ -211,6 +211,12 @@ def fetch(recipe: Recipe, say: Say = print) -> list[Path]:
     return list(folders)
 
 
+def hint(recipe: Recipe, name: str) -> str:
+    """What to type to have the weights that a recipe lacks; empty if that would bring none."""
+    lacking = [folder for folder in wanted(recipe) if not is_there(folder)]
+    return f"python -m train.pretrain {name} --fetch" if lacking or on_the_hub(recipe) else ""
+
+
 def _check_room(lacking: dict[Path, Weights]) -> None:
     """Downloads and the folders made of them are both on the disk for a while."""
     needed = sum(2 * weights.gigabytes for weights in lacking.values())
