@@ -153,6 +153,7 @@ def fit(
     evaluate: Evaluate | None = None,
     accelerator: Accelerator | None = None,
     stop_requested: Callable[[], bool] | None = None,
+    work: float | None = None,
 ) -> Result:
     """Train `objective` on `loader`, in place; go on from the newest state in `folder` if there is one.
 
@@ -168,6 +169,8 @@ def fit(
         evaluate: (objective in eval mode, without gradients; step) -> metrics. Every rank calls it, rank 0's
             values are logged, and the run's random generators do not notice.
         accelerator: from `make_accelerator`, which the default calls.
+        work: seconds that a row would take this device at its peak; with it, `mfu` is logged, the share of
+            the peak that is used.
         stop_requested: whether to end early; by default of `stop_signals`, which lasts as long as this call.
 
     Returns:
@@ -183,7 +186,7 @@ def fit(
         with stop_signals() as signalled:
             return fit(
                 objective, loader, config, folder,
-                run=run, evaluate=evaluate, accelerator=accelerator, stop_requested=signalled,
+                run=run, evaluate=evaluate, accelerator=accelerator, stop_requested=signalled, work=work,
             )  # fmt: skip
     folder = Path(folder)
     if accelerator is None:
@@ -235,6 +238,8 @@ def fit(
             if config.max_minutes is not None:  # every rank has the same seconds, so the same schedule
                 total = min(config.steps, step + max(0, int((config.max_minutes * 60 / seconds - 1) * step)))
             means = window.close() | _skipped(loader, device)
+            if work is not None:
+                means["mfu"] = means["samples_per_second"] / distributed.world_size() * work
             metrics |= log.step(step, total, seconds, rate, means)
             if scaler is not None and scaler.get_scale() < 2**-20:
                 raise NonFiniteError(

@@ -103,10 +103,11 @@ class Log:
             f"{k.removeprefix('loss_')} {v:.4f}" for k, v in means.items() if k.startswith("loss")
         )
         left = timedelta(seconds=int(seconds / step * (total - step)))
+        mfu = f"  MFU {means['mfu']:.0%}" if "mfu" in means else ""
         skipped = f"  skipped {means['skipped']:.0f}" if means.get("skipped") else ""
         self.say(
             f"step {step}/{total}  {parts}  lr {rate:.2e}  grad {means['grad_norm']:.3g}  "
-            f"{means['samples_per_second']:.1f} samples/s  wait {means['data_wait']:.0%}{skipped}  "
+            f"{means['samples_per_second']:.1f} samples/s{mfu}  wait {means['data_wait']:.0%}{skipped}  "
             f"left {left}"
         )
         self._write(step, values)

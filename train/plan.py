@@ -32,7 +32,11 @@ from train.count import Counts, count
 from train.recipes import RECIPES, Execution, Recipe, RecipeError, Shards
 from train.shapes import batch, build, parts, sizes
 
-PEAK = {"a100": 312e12, "h100": 989e12}  # dense bf16 operations a second, of NVIDIA's data sheets
+PEAK = {
+    "a100": 312e12,
+    "h100": 989e12,
+    "h200": 989e12,
+}  # dense bf16, of data sheets
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.516}
 RESERVED = 2e9
 WASTE = 0.1
@@ -259,6 +263,16 @@ def _memory(recipe: Recipe, chosen: Execution, counts: Counts, world: int) -> di
         "the step, at its peak": counts.peak,
         "allowances": WASTE * counts.peak + RESERVED,
     }
+
+
+def work_per_pair(recipe: Recipe, processes: int, device: torch.device) -> float | None:
+    """Seconds that a pair would take this GPU at its peak; None where the peak is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower()
+    peak = next((peak for gpu, peak in PEAK.items() if gpu in name), None)
+    local = recipe.batch_size // processes
+    return None if peak is None else _count(recipe, recipe.execution, local, processes).flops / local / peak
 
 
 # --- the command ---

@@ -8,6 +8,7 @@ The same command goes on where a stopped run left off. Stage 1 is Sec. 3.2 of th
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import os
@@ -27,15 +28,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from blip2 import checkpoint
 from blip2.model import Blip2
 from blip2.processing import Processor
-from train import distributed
+from train import distributed, plan, weights
 from train.captions import scenes_loader, tokenize_for
 from train.engine import Evaluate, NonFiniteError, Result, fit, make_accelerator
 from train.execution import prepare
 from train.loader import Loader
 from train.log import say
 from train.objectives import Objective, Stage1, Stage2
+from train.plan import work_per_pair
 from train.probe import Probe
 from train.recipes import RECIPES, Recipe, RecipeError, Scenes
+from train.smoke import smoke
 from train.start import finished
 from train.start import start as start_model
 from train.state import SaveError, StateError
@@ -155,6 +158,7 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
             },
             accelerator=accelerator,
             stop_requested=stop_requested,
+            work=work_per_pair(recipe, distributed.world_size(), accelerator.device),
         )
     if result.finished and distributed.rank() == 0:
         trained: Any = objective.model
@@ -167,14 +171,28 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0: trained, or stopped by a signal; 1: training failed; 2: it could not start."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    flags, rest = _take_flags(arguments)
+    machines, rest = plan.take_options(rest) if flags.plan else ({}, rest)
     choices = {name: (make.__doc__ or "", make()) for name, make in RECIPES.items()}
-    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
     recipe = tyro.extras.overridable_config_cli(
-        choices, prog="python -m train.pretrain", args=arguments, config=flat
+        choices,
+        prog="python -m train.pretrain",
+        description=FLAGS,
+        args=rest,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
     )
+    name = rest[0]
     try:
+        if flags.plan:
+            print(plan.plan(recipe, name, **machines))
+            return 0
+        if flags.fetch:
+            weights.fetch(recipe)
+            return 0
+        if flags.smoke:
+            recipe = smoke(recipe, name)
         with stop_signals() as stop_requested:
-            result = run(recipe, arguments[0], stop_requested)
+            result = run(recipe, name, stop_requested)
     except (RecipeError, StateError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -195,10 +213,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+FLAGS = """Train a recipe; the same command goes on after a stop. Besides the recipe's own settings:
+--plan prints memory, speed, days and the command for some GPUs (--gpus --nodes --gpu-memory --gpu --mfu);
+--fetch downloads and checks the weights that the recipe starts from;
+--smoke runs it end to end on drawn scenes, with small parts, in about five minutes."""
+
+
+def _take_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--plan", "--fetch", "--smoke"):
+        parser.add_argument(name, action="store_true")
+    return parser.parse_known_args(arguments)
+
+
 def resume_command(arguments: Sequence[str]) -> str:
     """What to type to go on with this run."""
     launch, processes = "python", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if distributed.promised() > 1:
         launch = f"torchrun --nproc-per-node {processes}"
         if (nodes := int(os.environ.get("GROUP_WORLD_SIZE", "1"))) > 1:
             launch += f" --nnodes {nodes}"

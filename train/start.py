@@ -219,9 +219,12 @@ def _start_stage2(recipe: Recipe, stored: bool) -> tuple[Blip2, Processor]:
         raise RecipeError(f"{recipe.start_from} is no stage-1 model; stage 2 starts from one")
     assert recipe.language_model is not None
     source = find(recipe.language_model) or recipe.language_model
-    tokenizer = AutoTokenizer.from_pretrained(source)
     precision = "stored" if stored else recipe.execution.language_precision
-    language_model = load_language_model(source, precision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        language_model = load_language_model(source, precision)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{recipe.language_model}: {' '.join(str(error).split())[:400]}") from error
     model = attach_language_model(loaded.model, language_model, tokenizer, recipe.frame)
     seen = loaded.processor
     family: Family = "opt" if model.is_decoder_only else "t5"
@@ -243,7 +246,7 @@ def load_language_model(source: Any, precision: str = "float32") -> PreTrainedMo
             "stored", that of the files.
 
     Raises:
-        RecipeError: int8 or nf4 without bitsandbytes.
+        ValueError: transformers has no such decoder or T5; or int8 or nf4 without bitsandbytes.
     """
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -251,10 +254,7 @@ def load_language_model(source: Any, precision: str = "float32") -> PreTrainedMo
         return family.from_pretrained(source, dtype=checkpoint.DTYPES.get(precision, "auto"))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     dtype = checkpoint.DTYPES[checkpoint.half_precision(torch.device(device), config.model_type)]
-    try:
-        options = checkpoint.quantization(precision, dtype, _awkward(family, config, device))
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+    options = checkpoint.quantization(precision, dtype, _awkward(family, config, device))
     return family.from_pretrained(source, dtype=dtype, quantization_config=options, device_map={"": device})
 
 
