@@ -122,6 +122,24 @@ def test_work_of_stage1():
     assert halves.each == pytest.approx(found.each / 2, rel=0.01)
 
 
+def test_a_running_process_can_count(tmp_path):
+    """Inside a process group, whose other members know nothing of it, and without a trace."""
+    objective, batch = step_of("retrieval", 4, 2)
+    with torch.device("meta"):
+        empty = {name: torch.empty_like(value, device="meta") for name, value in batch.items()}
+    objective = objective.to("meta")
+    expected = count.count(objective, empty, processes=8)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        before = torch.get_rng_state()
+        assert count.count(objective, empty, processes=8) == expected
+        assert torch.equal(before, torch.get_rng_state())
+    finally:
+        torch.distributed.destroy_process_group()
+    alone = count.count(objective, empty)
+    assert alone.peak < expected.peak  # no embeddings of others
+
+
 class AsLavis(Stage1):
     """The first stage as LAVIS computes it: every pass projects its own images, ITM's three times as many."""
 
