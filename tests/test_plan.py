@@ -124,20 +124,23 @@ def test_work_of_stage1():
 
 def test_a_running_process_can_count(tmp_path):
     """Inside a process group, whose other members know nothing of it, and without a trace."""
-    objective, batch = step_of("retrieval", 4, 2)
-    with torch.device("meta"):
-        empty = {name: torch.empty_like(value, device="meta") for name, value in batch.items()}
-    objective = objective.to("meta")
-    expected = count.count(objective, empty, processes=8)
+
+    def counted(processes):
+        objective, batch = step_of("retrieval", 4, 2)
+        with torch.device("meta"):
+            empty = {name: torch.empty_like(value, device="meta") for name, value in batch.items()}
+        before = torch.get_rng_state()
+        found = count.count(objective.to("meta"), empty, processes=processes)
+        assert torch.equal(before, torch.get_rng_state())
+        return found
+
+    expected = counted(8)
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        before = torch.get_rng_state()
-        assert count.count(objective, empty, processes=8) == expected
-        assert torch.equal(before, torch.get_rng_state())
+        assert counted(8) == expected
     finally:
         torch.distributed.destroy_process_group()
-    alone = count.count(objective, empty)
-    assert alone.peak < expected.peak  # no embeddings of others
+    assert counted(1).peak < expected.peak  # no embeddings of others
 
 
 class AsLavis(Stage1):

@@ -68,7 +68,7 @@ def count(
     """Take one step without numbers.
 
     Args:
-        objective: on the meta device; its weights become fake ones.
+        objective: on the meta device; its weights become fake ones, so it can be counted once.
         batch: one process's, of the meta device, as a loader gives it.
         processes: of the run.
         precision: of autocast; float32 does without.
