@@ -194,6 +194,16 @@ def parsed(command):
     return tyro.extras.overridable_config_cli(choices, args=words, config=flat)
 
 
+@pytest.mark.parametrize(
+    ("name", "batch"), [("stage2-opt-2-7b-vitl", 1920), ("stage2-flan-t5-xl-vitl", 1520)]
+)
+def test_stage2_with_vitl(name, batch):
+    made, with_vitg = RECIPES[name](), RECIPES[name.removesuffix("-vitl")]()
+    assert (made.batch_size, made.start_from) == (batch, "runs/stage1-vitl/model")
+    assert (made.fit, made.language_model) == (with_vitg.fit, with_vitg.language_model)
+    assert len({make().output for make in RECIPES.values()}) == len(RECIPES)
+
+
 def test_stage1_fits_the_papers_machines():
     """105 pairs a GPU on 16 A100s of 40 GB, as the paper had it."""
     found = plan.plan(recipes.stage1_vitg(), "stage1-vitg", nodes=2)

@@ -141,6 +141,9 @@ def language_model(folder, pickled):
         tie_word_embeddings=False,
     )  # fmt: skip
     model = tiny.randomize(transformers.T5ForConditionalGeneration(config))
+    model.lm_head.weight = torch.nn.Parameter(
+        model.lm_head.weight.detach().flip(0).clone()
+    )  # untied, as Flan-T5's
     model.save_pretrained(folder)
     tiny.tokenizer("t5").save_pretrained(folder)
     if pickled:  # in two files, as older repositories have it
@@ -150,6 +153,42 @@ def language_model(folder, pickled):
             torch.save(dict(part), folder / f"pytorch_model-0000{number}-of-00002.bin")
         (folder / "pytorch_model.bin.index.json").write_text("{}")
     return model
+
+
+@pytest.mark.parametrize(
+    "lost", ["lm_head.weight", "shared.weight", "decoder.block.1.layer.0.layer_norm.weight"]
+)
+def test_a_language_model_in_part_is_refused(tmp_path, lost):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    config = language_model(tmp_path / "in", pickled=True).config
+    for path in (tmp_path / "in").glob("*.bin"):
+        torch.save({n: v for n, v in torch.load(path).items() if n != lost}, path)
+    with pytest.raises(CheckpointError, match=f"1 tensors missing or of another shape: {lost}"):
+        weight_files.write_text_model(tmp_path / "in", tmp_path / "out", config)
+
+
+def test_a_decoder_as_meta_released_it(tmp_path):
+    """OPT's .bin files have neither the model's prefix nor the tied head."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    config = transformers.OPTConfig(
+        hidden_size=16,
+        ffn_dim=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        word_embed_proj_dim=16,
+        vocab_size=40,
+    )
+    model = tiny.randomize(transformers.OPTForCausalLM(config))
+    config.save_pretrained(tmp_path / "in")
+    names = {n.removeprefix("model."): v.half() for n, v in model.state_dict().items() if "lm_head" not in n}
+    torch.save(names, tmp_path / "in" / "pytorch_model.bin")
+    weight_files.write_text_model(tmp_path / "in", tmp_path / "out", config, torch.float16)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert loaded.dtype == torch.float16
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value.half()), name
 
 
 @pytest.mark.parametrize("pickled", [False, True])
