@@ -181,6 +181,16 @@ def test_the_published_figures():
 # --- plans ---
 
 
+FROZEN = {"opt-2-7b": 2_651_596_800, "opt-6-7b": 6_658_473_984, "flan-t5-xl": 2_849_757_184,
+          "flan-t5-xxl": 11_135_332_352}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_parameters(name):
+    """Of the language models, as Meta and Google count them; Flan-T5's own output matrix included."""
+    assert shapes.sizes(RECIPES[f"stage2-{name}"]())["language"] == FROZEN[name]
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_trained_parameters(name):
     assert shapes.sizes(RECIPES[name]())["trained"] == TRAINED[name]

@@ -105,7 +105,10 @@ def build(recipe: Recipe, chosen: Execution) -> Objective:
         model: Any = (Blip2Representation if recipe.stage == 1 else Blip2)(model_config(recipe))
         model.vision_model.set_frozen_precision(_dtype(chosen.vision_precision))
         if recipe.stage == 2:
-            model.language_model.to(_dtype(chosen.language_precision))
+            language = model.language_model
+            if not getattr(language.config, "scale_decoder_outputs", True):  # Flan-T5's head is its own
+                language.lm_head.weight = nn.Parameter(torch.empty_like(language.lm_head.weight))
+            language.to(_dtype(chosen.language_precision))
         kind: Any = Stage1 if recipe.stage == 1 else Stage2
         objective: Objective = kind(model, micro_batch_size=chosen.micro_batch_size)
     objective.train()
