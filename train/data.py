@@ -29,10 +29,10 @@ from megatron.energon.wrappers import ConcatDataset, RepeatDataset
 from blip2.images import CLIP_MEAN, CLIP_STD
 from train import distributed
 from train.captions import Tokenize
-from train.loader import Batch
+from train.loader import Batch, DataError
 from train.plain import from_plain, to_plain
 from train.recipes import Shards, Source
-from train.samples import DataError, Encoder, concatenate, describe, open_folders
+from train.samples import Encoder, concatenate, describe, open_folders
 
 log = logging.getLogger("train.data")
 SKIP_LIMIT, SKIP_LEAST = 0.01, 1000  # stop above this share, once so many samples were drawn

@@ -76,6 +76,9 @@ class Source:
     """Put before every caption, after cleaning; a blank at its end is yours to add."""
     flip: float = 0.5
     """Chance of a mirror image; 0 wherever captions tell left from right."""
+    crop: float = 0.5
+    """Least share of a picture that a random crop keeps; 1 keeps all of it, wherever captions count things or
+    tell where they are."""
     mean: tuple[float, float, float] | None = None
     """Of the channels, in [0, 1]; None takes the image encoder's."""
     std: tuple[float, float, float] | None = None
@@ -89,6 +92,8 @@ class Source:
             raise RecipeError(f"max_words is {self.max_words}; a caption has at least 1")
         if not 0 <= self.flip <= 1:
             raise RecipeError(f"flip is {self.flip}; it is a chance, 0 to 1")
+        if not 0 < self.crop <= 1:
+            raise RecipeError(f"crop is {self.crop}; it is a share, above 0 to 1")
         if self.decoder is not None and self.decoder.count(":") != 1:
             raise RecipeError(f"decoder is {self.decoder!r}; write it as module:function")
 
@@ -166,14 +171,16 @@ class Recipe:
 
     stage: Literal[1, 2]
     start_from: str
-    """Stage 1: a pretrained image encoder: folder, Hub id, or "module:function" (see `train.encoders`).
-    Stage 2: folder of a finished stage-1 model."""
+    """Stage 1: a pretrained image encoder: folder, Hub id, or "module:function" (see `train.encoders`); or a
+    stage-1 model, to train on. Stage 2: folder of a finished stage-1 model."""
     data: Scenes | Shards
     batch_size: int
     """Image-text pairs a step, over all processes."""
     fit: FitConfig
     output: str
-    """Run folder: config.json, log.jsonl, states/, and model/ in the end."""
+    """Run folder: config.json, log.jsonl, samples/, states/, best/, and model/ in the end."""
+    save: Literal["last", "best"] = "last"
+    """Whether model/ gets the last weights, or those with the best probe (`fit.probe`)."""
     tokenizer: str | None = None
     """Stage 1: folder of the Q-Former's word pieces; None takes the drawn world's."""
     bert: str | None = None
@@ -204,6 +211,8 @@ class Recipe:
             raise RecipeError("objectives is empty; stage 1 trains at least one of itc, itm, itg")
         if not 0 <= self.whole_captions <= 1:
             raise RecipeError(f"whole_captions is {self.whole_captions}; it is a chance, 0 to 1")
+        if self.save == "best" and self.fit.probe is None:
+            raise RecipeError('save is "best", but fit.probe names no metric to tell by: retrieval or cider')
         if self.batch_size < 2:
             raise RecipeError(f"batch_size is {self.batch_size}; ITC and ITM compare at least 2 pairs")
 
@@ -272,6 +281,8 @@ def _paper_stage1(encoder: str, batch_size: int) -> Recipe:
             warmup_steps=2_000,  # [P 3.4]; the public configuration warms up for 5,000 [C]
             weight_decay=0.05,  # [P 3.4]
             betas=(0.9, 0.98),  # [P 3.4]; the public configuration leaves 0.999 [C]
+            eval_every=5_000,
+            probe="retrieval",
         ),
         output=f"runs/stage1-{encoder}",
         execution=_PAPER,
@@ -302,6 +313,9 @@ def _paper_stage2(language_model: str, batch_size: int, encoder: str = "vitg") -
             warmup_steps=2_000,  # [P 3.4]
             weight_decay=0.05,  # [P 3.4]
             betas=(0.9, 0.98),  # [P 3.4]
+            eval_every=2_000,
+            probe="cider",
+            collapse=2 / 3,  # LAVIS issue 407: CIDEr fell from 110 to 55 to 1 while the loss looked well
         ),
         output=f"runs/stage2-{language_model}" + ("" if encoder == "vitg" else f"-{encoder}"),
         execution=_PAPER,
@@ -365,6 +379,7 @@ def scenes_stage1() -> Recipe:
             log_every=20,
             eval_every=200,
             save_every=200,
+            probe="retrieval",
         ),
         output="runs/scenes/stage1",
         execution=Execution(threads=1),
@@ -390,6 +405,8 @@ def _scenes_stage2(language_model: str, output: str, steps: int, max_minutes: fl
             log_every=20,
             eval_every=400,
             save_every=400,
+            probe="cider",
+            collapse=2 / 3,
         ),
         output=output,
         execution=Execution(threads=1),

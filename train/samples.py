@@ -26,7 +26,7 @@ from torch import Tensor
 from blip2.errors import ImageError
 from blip2.images import open_image
 from train.captions import Tokenize
-from train.loader import Batch
+from train.loader import Batch, DataError
 from train.recipes import Shards, Source
 from train.transforms import TrainTransform, clean_caption, decode, normalize
 
@@ -36,10 +36,6 @@ EXAMPLES = 3  # names of skipped samples that are kept for each kind
 HOPELESS = 1000  # samples skipped in a row
 
 Record = Mapping[str, Any]
-
-
-class DataError(RuntimeError):
-    """The data cannot be trained on: too much of it had to be skipped, or it is not there."""
 
 
 class Unusable(Exception):
@@ -203,7 +199,11 @@ class Encoder(TaskEncoder):
         self.sources, self.tokenize, self.seed, self.train = sources, tokenize, seed, train
         self.transforms = {
             folder: TrainTransform(
-                image_size, flip=source.flip, mean=source.mean or mean, std=source.std or std
+                image_size,
+                scale=(source.crop, 1.0),
+                flip=source.flip,
+                mean=source.mean or mean,
+                std=source.std or std,
             )
             for folder, source in sources.items()
         }

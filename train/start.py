@@ -108,8 +108,6 @@ def attach_language_model(
             f"layers of type {', '.join(sorted(other_layers))}" if other_layers else "no single hidden_size"
         )
         raise RecipeError(f"{name}: this language model has {what}; decoders of plain attention and T5 work")
-    if tokenizer.pad_token is None:  # the mask, not the token, tells what is padding
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.decode([_first(text.eos_token_id)])
     if text.is_encoder_decoder:
         text.bos_token_id = text.eos_token_id
     else:
@@ -153,6 +151,8 @@ def _teach_manners(
         raise RecipeError(f"{name}: {error}") from error
     if not manners.is_chat:
         tokenizer.chat_template = None  # its presence says that questions are framed by it
+    if tokenizer.pad_token is None:  # the mask, not the token, tells what is padding
+        tokenizer.pad_token = tokenizer.eos_token or manners.end
     text: Any = language_model.config
     ends = list(manners.ends) if len(manners.ends) > 1 else manners.ends[0]
     if text.model_type != "opt":
