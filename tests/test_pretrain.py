@@ -343,7 +343,7 @@ def test_stage1_goes_on_from_a_stage1_model(stage1, parts, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["stage1-vitg", "stage2-opt-2-7b", "stage2-flan-t5-xl"])
 def test_any_recipe_runs_small(name, tmp_path, monkeypatch):
-    """--smoke: the recipe's own objectives, precisions and optimizer, on drawn scenes, to a model that loads."""
+    """--smoke: the recipe's own objectives, precisions and optimizer on drawn scenes, to a model."""
     AcceleratorState._reset_state()  # it keeps the precision of the tests before
     monkeypatch.setattr("train.smoke.STEPS", 4)
     monkeypatch.setattr("train.smoke.SCENES", 96)

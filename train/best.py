@@ -28,7 +28,7 @@ class Best:
     Args:
         folder: of the run.
         metric: the higher, the better.
-        collapse: share of the best below which the metric may not stay for two evaluations in a row; 0: it may.
+        collapse: share of the best below which the metric may not stay for two evaluations; 0: it may.
         step: that the run goes on from; what was best only later does not count.
         say: prints a line.
     """
@@ -55,8 +55,8 @@ class Best:
             told = f"{self.metric} has fallen from {self.value:.4g} to {value:.4g}"
             if self.fallen:
                 raise CollapseError(
-                    f"step {step}: {told}: the model unlearns to look at the picture. The best weights are in "
-                    f"{self.folder}. A lower learning rate, more or cleaner data, or fewer steps help; "
+                    f"step {step}: {told}: the model unlearns to look at the picture. The best weights "
+                    f"are in {self.folder}. A lower learning rate, more or cleaner data, or fewer steps help; "
                     "--collapse 0 trains on regardless"
                 )
             self.fallen = True

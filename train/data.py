@@ -37,8 +37,10 @@ from train.samples import Encoder, concatenate, describe
 
 log = logging.getLogger("train.data")
 SKIP_LIMIT, SKIP_LEAST = 0.01, 1000  # stop above this share, once so many samples were drawn
-SHUFFLE = {"shuffle_buffer_size": 100}  # samples each worker holds; energon's advice, as are the next two
-READ = {"max_samples_per_sequence": 100, "parallel_shard_iters": 16}
+# A worker reads its share as runs of 10 neighbors, in random order, and draws from 100 samples at hand. Longer
+# runs would serve only disks that turn: every sample is a request of its own, to a disk as to a store.
+READ = {"max_samples_per_sequence": 10, "parallel_shard_iters": 1}
+SHUFFLE = {"shuffle_buffer_size": 100}
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 TIME_OUT = 600  # seconds without a batch from a worker: the store hangs
 
@@ -182,6 +184,7 @@ class ShardsLoader:
             fail_on_timeout=True,
         )
         loader.pin_memory = torch.cuda.is_available()
+        loader.collate_fn = _as_it_is  # torch's would look through every batch for arrays; there are none
         if workers.num_workers:
             loader.worker_init_fn = _InitWorker(loader.worker_init_fn)
         return loader
@@ -259,6 +262,10 @@ class ShardsLoader:
     def close(self) -> None:
         """Stop the workers; the loader hands out no more batches."""
         self._stop()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def _stop(loader: SavableDataLoader) -> None:

@@ -1,8 +1,8 @@
 """`python -m train.data bench`: images a second of the loader against plain Pillow, decode and transform.
 
 Both read the same JPEGs in the same process, in turns, so that whatever else the machine does meets both; the
-medians are told, per second of CPU time, which is what a core gives. Then the loader alone with more workers, by
-the clock.
+medians are told, per second of CPU time, which is what a core gives. Then the loader alone with more workers,
+by the clock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tyro.conf import Positional
 
 from train.data import shards_loader
 from train.recipes import Shards
-from train.samples import IMAGES
+from train.records import IMAGES
 from train.shards import add_sample, write_metadata, write_tar
 from train.transforms import TrainTransform, normalize
 
@@ -131,9 +131,7 @@ def run(bench: Bench) -> dict[str, float]:
         rates = {name: number / statistics.median(found) for name, found in times.items()}
         size = Image.open(io.BytesIO(files[0])).size
         kilobytes = statistics.mean(map(len, files)) / 1e3
-        print(
-            f"{len(files)} images such as {size[0]} x {size[1]}, {kilobytes:.0f} kB -> {bench.image_size} pixels"
-        )
+        print(f"{len(files)} images such as {size[0]} x {size[1]}, {kilobytes:.0f} kB, to {bench.image_size}")
         print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
         for name, rate in rates.items():
             print(f"  {name:9} {rate:7.0f} images/s of one core")

@@ -35,16 +35,13 @@ class Writing:
 
 
 def _write(found: Iterable[Record], output: Path, writing: Writing, one_record_per_caption: bool) -> None:
-    try:
-        held = records.hold_out(found, writing.validation)
-        counts = write_shards(
-            records.one_per_caption(held) if one_record_per_caption else held,
-            output,
-            per_shard=writing.per_shard,
-            workers=writing.workers,
-        )
-    except KeyError as error:
-        raise AnnotationError(f"an entry of the annotations has no {error}: another kind of file") from error
+    held = records.hold_out(found, writing.validation)
+    counts = write_shards(
+        records.one_per_caption(held) if one_record_per_caption else held,
+        output,
+        per_shard=writing.per_shard,
+        workers=writing.workers,
+    )
     print(f"{output}: {tell(counts)}")
 
 
@@ -226,6 +223,9 @@ def main(arguments: Sequence[str]) -> int:
         tyro.extras.subcommand_cli_from_dict(KINDS, prog="python -m train.data prepare", args=arguments)
     except (PrepareError, AnnotationError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyError as error:
+        print(f"error: an entry of the annotations has no {error}: another kind of file", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: {error}; what is written stays, the same command goes on", file=sys.stderr)

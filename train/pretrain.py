@@ -149,7 +149,8 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
         SaveError: a state could not be written.
     """
     if lacking := recipe.missing():
-        raise RecipeError(f"{name} cannot start; it lacks\n" + "\n".join(f"  - {line}" for line in lacking))
+        lines = [f"{name} cannot start; it lacks", *(f"  - {line}" for line in lacking)]
+        raise RecipeError("\n".join([*lines, weights.hint(recipe, name)]).rstrip())
     if recipe.execution.threads is not None:
         torch.set_num_threads(recipe.execution.threads)
     output = Path(recipe.output)

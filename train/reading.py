@@ -10,9 +10,10 @@ import bisect
 import functools
 import io
 import os
+import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from megatron.energon import WorkerConfig
@@ -20,6 +21,7 @@ from megatron.energon.epathlib import EPath
 from megatron.energon.flavors.webdataset import DefaultDecoderWebdatasetFactory
 from megatron.energon.flavors.webdataset.config import split_name_re
 from megatron.energon.flavors.webdataset.structs import ShardInfo
+from multistorageclient.types import Range
 
 from train.loader import DataError
 from train.recipes import Shards
@@ -30,11 +32,11 @@ BLOCK = 512  # bytes; all of a tar archive comes in them
 class Reader:
     """Samples by their number, as an energon reader gives them; those that cannot be read have an "error"."""
 
-    def __init__(self, shards: Sequence[ShardInfo], open_files: int):
+    def __init__(self, shards: Sequence[ShardInfo], open_files: int = 16, indices: int = 256):
         self.shards = shards
         self.starts = np.cumsum([0, *(shard.count for shard in shards)]).tolist()
         self._file = functools.lru_cache(open_files)(_open)  # a file closes when it leaves the cache
-        self._offsets = functools.lru_cache(4 * open_files)(_offsets)
+        self._offsets = functools.lru_cache(indices)(_offsets)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number = bisect.bisect_right(self.starts, index) - 1
@@ -47,32 +49,36 @@ class Reader:
         }
         try:
             start, end = map(int, self._offsets(shard.path)[place : place + 2])
-            data = _read(self._file(shard.path), start, end - start)
+            data = self._read(shard.path, start, end - start)
             if len(data) < end - start:
                 raise tarfile.ReadError("the shard is truncated")
             for name, content in members(data):
                 if (parts := split_name_re.match(name)) is not None:
                     sample["__key__"], extension = parts.groups()
                     sample[extension] = content
-        except (OSError, tarfile.TarError, ValueError) as error:  # missing, truncated, or no tar
+        except (OSError, tarfile.TarError, ValueError, RuntimeError) as error:
+            # missing, truncated, no tar; RuntimeError is a store's
             sample["error"] = str(error)
         return sample
 
+    def _read(self, path: EPath, start: int, length: int) -> bytes:
+        if path.is_local():
+            return os.pread(self._file(path).fileno(), length, start)
+        # A file object of the store's client would fetch the whole shard.
+        return bytes(path.fs.read(str(path.internal_path), byte_range=Range(offset=start, size=length)))
 
-def _open(path: EPath) -> BinaryIO:
-    return open(str(path.local_path()), "rb", buffering=0) if path.is_local() else path.open("rb")
+
+def address(folder: str) -> EPath:
+    """A folder; or a remote one: msc://profile/path, or s3:// and gs:// with the machine's credentials."""
+    return EPath(re.sub(r"^(s3|gs)://([^/]+)", r"msc://_\1-\2", folder))
+
+
+def _open(path: EPath) -> io.FileIO:
+    return open(str(path.local_path()), "rb", buffering=0)
 
 
 def _offsets(path: EPath) -> np.ndarray:
-    with _open(EPath(f"{path}.idx")) as file:
-        return np.frombuffer(file.read(), dtype="<u8")
-
-
-def _read(file: BinaryIO, start: int, length: int) -> bytes:
-    if isinstance(file, io.FileIO):
-        return os.pread(file.fileno(), length, start)
-    file.seek(start)
-    return file.read(length)
+    return np.frombuffer(EPath(f"{path}.idx").read_bytes(), dtype="<u8")
 
 
 def members(data: bytes) -> Iterator[tuple[str, bytes]]:
@@ -111,8 +117,12 @@ class ImageTextFolder(DefaultDecoderWebdatasetFactory[dict]):
 
     def build(self, worker_rotation_offset: int = 0) -> Any:
         dataset: Any = super().build(worker_rotation_offset)
-        dataset.dataset.join_readers = [Reader(self.shards, self.parallel_shard_iters or 1)]
+        dataset.dataset.join_readers = [Reader(self.shards)]
         return dataset
+
+    def load_sample(self, sample: Any) -> Any:
+        sample["__subflavors__"] = self.subflavors
+        return sample
 
 
 def open_folders(
@@ -136,12 +146,16 @@ def open_folders(
     for name in names:
         try:
             folder = ImageTextFolder(
-                EPath(name), split_part=part, training=train, worker_config=workers,
+                address(name), split_part=part, training=train, worker_config=workers,
                 subflavors={"folder": name}, **(reading if train else {}),
             )  # fmt: skip
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise DataError(
                 f"{name} is not prepared ({error}); see `python -m train.data prepare -h`"
+            ) from error
+        except ImportError as error:
+            raise DataError(
+                f"{name} takes a package that is not there ({error}); for s3:// that is boto3"
             ) from error
         except (AssertionError, LookupError) as error:  # energon: no such part, or an empty one
             if train or shards.validation:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")  # endings of a sample's image
+
 
 class AnnotationError(ValueError):
     """An annotation file that is not laid out as expected."""
@@ -116,7 +118,7 @@ def visual_genome(path: Path, images: Path, part: str = "train") -> Iterator[Rec
     if not (isinstance(data, list) and data and "regions" in data[0]):
         raise AnnotationError(f"{path} is no list of images with regions: another kind of file")
     for image in data:
-        number = image["id"]
+        number = image["id"] if "id" in image else image["image_id"]  # as the file has it, as its page says
         yield Record(
             key=str(number),
             image=tuple(images / folder / f"{number}.jpg" for folder in ("VG_100K", "VG_100K_2", "")),

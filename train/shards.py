@@ -21,14 +21,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from megatron.energon.epathlib import EPath
-from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
 from tqdm import tqdm
 
 from blip2.errors import ImageError
 from blip2.images import open_image
-from train.records import Record
-from train.samples import IMAGES
+from train.records import IMAGES, Record
 
 PARTS = ("train", "val", "test")
 
@@ -181,9 +178,13 @@ def index_shard(path: Path) -> int:
     Returns:
         Number of samples; 0 if the shard cannot be read.
     """
+    from megatron.energon.epathlib import EPath  # torch comes with it, which processes that copy do not need
+    from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
+
     index = path.with_name(path.name + ".idx")
     if index.exists() and index.stat().st_mtime >= path.stat().st_mtime:
         return max(0, index.stat().st_size // 8 - 1)
+    index.unlink(missing_ok=True)
     logging.getLogger("megatron.energon.flavors.webdataset.prepare").setLevel(logging.CRITICAL)
     *_, last = WebdatasetPreparator._preprocess_tar(
         path.name, shard_to_idx={path.name: 0}, parent_path=EPath(path.parent), max_parts=50
