@@ -37,8 +37,8 @@ from train.samples import Encoder, concatenate, describe
 
 log = logging.getLogger("train.data")
 SKIP_LIMIT, SKIP_LEAST = 0.01, 1000  # stop above this share, once so many samples were drawn
-# A worker reads its share as runs of 10 neighbors, in random order, and draws from 100 samples at hand. Longer
-# runs would serve only disks that turn: every sample is a request of its own, to a disk as to a store.
+# A worker reads its share as runs of 10 neighbors in random order, and draws from 100 samples at hand. Longer
+# runs would serve only disks that turn: a sample is a request of its own, to a disk as to a store.
 READ = {"max_samples_per_sequence": 10, "parallel_shard_iters": 1}
 SHUFFLE = {"shuffle_buffer_size": 100}
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
@@ -271,10 +271,12 @@ def _as_it_is(batch: Any) -> Any:
 def _stop(loader: SavableDataLoader) -> None:
     if (running := getattr(loader, "_iterator", None)) is not None:
         workers = list(running._workers)
-        running._shutdown_workers()
-        for worker in workers:
-            worker.kill()  # what is still there hangs, and this process would wait for it at its end
-            worker.join()
+        try:
+            running._shutdown_workers()
+        finally:  # what is still there hangs, and this process would wait for it at its end
+            for worker in workers:
+                worker.kill()
+                worker.join()
 
 
 class _InitWorker:

@@ -34,6 +34,7 @@ class Reader:
 
     def __init__(self, shards: Sequence[ShardInfo], open_files: int = 16, indices: int = 256):
         self.shards = shards
+        self.local = shards[0].path.is_local()
         self.starts = np.cumsum([0, *(shard.count for shard in shards)]).tolist()
         self._file = functools.lru_cache(open_files)(_open)  # a file closes when it leaves the cache
         self._offsets = functools.lru_cache(indices)(_offsets)
@@ -62,7 +63,7 @@ class Reader:
         return sample
 
     def _read(self, path: EPath, start: int, length: int) -> bytes:
-        if path.is_local():
+        if self.local:
             return os.pread(self._file(path).fileno(), length, start)
         # A file object of the store's client would fetch the whole shard.
         return bytes(path.fs.read(str(path.internal_path), byte_range=Range(offset=start, size=length)))
