@@ -1,0 +1,507 @@
+"""Training steps timed: samples a second, share of the GPU's peak, memory, and where the time goes.
+
+    python -m train.throughput stage1-vitg --batch 128
+    python -m train.throughput stage2-opt-2-7b --batch 128 --profile trace.json
+    python -m train.throughput stage1-vitg --batch 4 --layers 2 --steps 3      # a CPU: fewer layers, full width
+
+A recipe's full-size model is made with random weights from its sizes alone, so nothing is downloaded, and
+takes steps on random pictures and captions by the parts that `fit` puts together: the objective's `split` and
+`forward`, its backward pass, the fused optimizer. Reading of data is not in it. Steps with the image encoder
+as written and compiled alternate, and medians are given. Operations and expected memory are those that
+`train.count` and `train.plan` find for the same step, so memory computed stands beside memory measured.
+One process; what more of them take shows in the log of a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from train import distributed, objectives, optim, plan, shapes
+from train.count import Counts, count, parameters
+from train.engine import _backward, _to, make_accelerator
+from train.execution import prepare
+from train.objectives import Objective, Stage1
+from train.recipes import RECIPES, Execution, Recipe, RecipeError
+from train.stop import Flags
+
+WARM_UP, LABELED = 3, 3  # steps before the clock starts; steps in which parts are told apart
+CAPTION = (13.0, 0.45)  # tokens: median and sigma of a log-normal, about COCO's; an assumption
+PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+AUTOCAST_WASTE = 1.5e9  # bytes that torch and its libraries take on a CPU, about
+
+
+# --- the model and what it reads ---
+
+
+def build(recipe: Recipe, layers: int | None = None) -> Objective:
+    """A recipe's objective on the meta device, every stack of layers cut to its first ones.
+
+    Args:
+        recipe: its execution is not applied yet, but for precisions and micro batches.
+        layers: of each stack; None: all.
+    """
+    objective = shapes.build(recipe, dataclasses.replace(recipe.execution, checkpointing=False))
+    for name, module in list(objective.named_modules()):
+        nested = any(word.isdigit() for word in name.split("."))  # T5's blocks hold lists of their own
+        if layers is not None and isinstance(module, nn.ModuleList) and not nested:
+            del module[layers:]
+    return objective
+
+
+@torch.no_grad()
+def materialize(objective: Objective, device: torch.device) -> None:
+    """Give a model on the meta device memory, in its precisions, and random numbers of the usual size."""
+    objective.to_empty(device=device)
+    language_model = getattr(objective.model, "language_model", None)
+    if language_model is not None:
+        language_model.tie_weights()  # to_empty makes two of one
+    for name, parameter in objective.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=0.02)
+        else:
+            parameter.fill_(0.07 if name.endswith("temperature") else float("norm" in name.lower()))
+            if name.endswith("bias"):
+                parameter.zero_()
+    for buffer in objective.buffers():
+        buffer.zero_()
+
+
+def batch(recipe: Recipe, objective: Objective, rows: int, seed: int = 0) -> dict[str, Any]:
+    """Random pictures and captions on the CPU, as a loader gives them.
+
+    Args:
+        recipe: of the pictures' and captions' sizes.
+        objective: its vocabulary is drawn from.
+        rows: pairs. The first has the longest caption, so that shapes are those of the plan.
+        seed: of the numbers.
+    """
+    random = torch.Generator().manual_seed(seed)
+    config = objective.model.config
+    words = (config.qformer_config if recipe.stage == 1 else config.text_config).vocab_size
+    made: dict[str, Any] = {}
+    drawn = torch.randn(rows, generator=random).mul(CAPTION[1]).exp().mul(CAPTION[0]).round()
+    for name, like in shapes.batch(recipe, rows).items():
+        if name == "pixel_values":
+            made[name] = torch.randn(like.shape, generator=random)
+            continue
+        longest = like.shape[1]
+        lengths = (drawn * longest / recipe.max_text_length).round().clamp(3, longest)
+        lengths[0] = longest
+        real = torch.arange(longest) < lengths[:, None]
+        ids = torch.randint(10, min(words, 30_000), like.shape, generator=random)
+        if name == "attention_mask":
+            made[name] = real.long()
+        else:
+            made[name] = ids.masked_fill(~real, -100 if name == "labels" else 1)
+    if recipe.stage == 2 and config.use_decoder_only_language_model:
+        made["labels"] = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
+    return made | {"keys": [f"random/{row}" for row in range(rows)]}
+
+
+def expected(recipe: Recipe, objective: Objective, counts: Counts) -> dict[str, float]:
+    """Bytes of one GPU by `train.plan`'s sum, for an objective that may have been cut."""
+    model: Any = objective.model
+    execution, bytes_of = recipe.execution, plan.BYTES
+    memory = {
+        "image encoder, frozen": parameters(model.vision_model, False) * bytes_of[execution.vision_precision]
+    }
+    if recipe.stage == 2:
+        each = bytes_of[execution.language_precision]
+        memory["language model, frozen"] = parameters(model.language_model, False) * each
+    return memory | {
+        "trained weights, AdamW": parameters(model, True) * 12.0,
+        "the step, at its peak": counts.peak,
+        "allowances": plan.WASTE * counts.peak + plan.RESERVED,
+    }
+
+
+# --- the step ---
+
+
+class Trainer:
+    """What `fit` makes of an objective, and its step, without what it logs and saves.
+
+    Args:
+        recipe: of the optimizer, the precision and the execution.
+        objective: with numbers.
+        accelerator: of `make_accelerator`.
+    """
+
+    def __init__(self, recipe: Recipe, objective: Objective, accelerator: Accelerator):
+        self.recipe, self.objective, self.accelerator = recipe, objective, accelerator
+        self.device, fit = accelerator.device, recipe.fit
+        encoder: Any = objective.model.vision_model
+        eager = encoder.tokens
+        prepare(objective, recipe.execution, self.device)
+        self.encoders = {"eager": eager}
+        if encoder.tokens != eager:
+            self.encoders["compiled"] = encoder.tokens
+        objective.to(self.device).train()
+        self.optimizer = optim.adamw(objective, weight_decay=fit.weight_decay, betas=fit.betas)
+        optim.set_learning_rate(self.optimizer, fit.learning_rate / fit.warmup_steps)
+        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.model = accelerator.prepare_model(objective)
+        self.number, self.flags = 0, Flags()
+        self.backward, self.update = accelerator.backward, self._update
+
+    def use(self, side: str) -> None:
+        """Take the "eager" or the "compiled" image encoder from now on."""
+        encoder: Any = self.objective.model.vision_model
+        encoder.tokens = self.encoders[side]
+
+    def step(self, batch: dict[str, Any]) -> None:
+        """As a step of `fit`: nothing here waits for the device but the last step's flag."""
+        with self.accelerator.autocast():
+            parts = self.objective.split(_to(batch, self.device), self.number, self.recipe.fit.seed)
+        values = _backward(self.model, parts, self.accelerator)
+        flag = self.update(values)
+        self.number += 1
+        self.flags.put(flag, self.number, values, batch["keys"])
+        self.flags.read()
+
+    def _update(self, values: dict[str, Tensor]) -> Tensor:
+        scaler, optimizer = self.accelerator.scaler, self.optimizer
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        norm = optim.gradient_norm(self.parameters, self.recipe.fit.clip_norm)
+        bad = (~torch.isfinite(values["loss"] if scaler is not None else values["loss"] + norm)).float()
+        if scaler is not None:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.found_inf = bad  # type: ignore[attr-defined]
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return torch.stack([bad, torch.zeros_like(bad)])
+
+    def finish(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+class Clock:
+    """Times on the device's own clock, where it has one, read at the end: nothing waits in between.
+
+    The queue of a GPU does not run empty for being measured, and what a span launched in other threads, as the
+    backward pass does, counts.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.spans = device, list[tuple[str, Any, Any]]()
+
+    def now(self) -> Any:
+        """A point in time."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextlib.contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Time what is done inside."""
+        began = self.now()
+        with record_function(name):
+            yield
+        self.spans.append((name, began, self.now()))
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, timed."""
+
+        def timed(*args: Any, **options: Any) -> Any:
+            with self.span(name):
+                return function(*args, **options)
+
+        return timed
+
+    def read(self) -> dict[str, list[float]]:
+        """Seconds of all spans by name; the device has to be done."""
+        found: dict[str, list[float]] = {}
+        for name, began, ended in self.spans:
+            seconds = began.elapsed_time(ended) / 1000 if self.device.type == "cuda" else ended - began
+            found.setdefault(name, []).append(seconds)
+        return found
+
+
+@contextlib.contextmanager
+def labeled(trainer: Trainer, clock: Clock) -> Iterator[None]:
+    """Tell the parts of a step apart, from outside; no part is inside of another."""
+    objective, model = trainer.objective, trainer.objective.model
+    where: list[tuple[Any, str, str]] = [
+        (model.vision_model, "encode", "image encoder"),
+        (trainer.accelerator, "backward", "backward"),
+        (trainer, "update", "optimizer"),
+    ]
+    if isinstance(objective, Stage1):
+        where += [
+            (model, "read_pairs", "Q-Former: queries and texts"),
+            (objective, "_itc", "ITC"),
+            (objective, "_pool", "gather"),
+            (objectives, "sample_hard_negatives", "hard negatives"),
+            (model, "itm", "ITM"),
+            (model, "itg", "ITG"),
+        ]
+    else:
+        where += [
+            (model, "read_image", "Q-Former, projection"),
+            (model.language_model, "forward", "language model"),
+        ]
+    with contextlib.ExitStack() as stack:
+        for owner, name, label in where:
+            stack.enter_context(
+                mock.patch.object(owner, name, clock.around(label, getattr(owner, name)))
+            )
+        yield
+
+
+# --- the measurement ---
+
+
+def measure(
+    recipe: Recipe, rows: int, *, steps: int = 20, layers: int | None = None, trace: Path | None = None
+) -> dict[str, Any]:
+    """Build, warm up, time, tell apart, profile.
+
+    Args:
+        recipe: its execution says how.
+        rows: pairs of the one process's batch.
+        steps: timed, of each kind.
+        layers: see `build`.
+        trace: file for a chrome trace of one step.
+
+    Raises:
+        RecipeError: this machine has too little memory.
+    """
+    precision = PRECISION[recipe.fit.precision]
+    meta = build(recipe, layers)
+    prepare(meta, dataclasses.replace(recipe.execution, compile=False), torch.device("meta"))
+    counts = count(meta, shapes.batch(recipe, rows), precision=precision)
+    memory = expected(recipe, meta, counts)
+    accelerator = make_accelerator(recipe.fit.precision)
+    device = accelerator.device
+    if device.type == "cpu":
+        _check_room(sum(memory.values()) - plan.RESERVED + AUTOCAST_WASTE)
+    distributed.seed_everything(recipe.fit.seed)
+    objective = build(recipe, layers)
+    materialize(objective, device)
+    trainer = Trainer(recipe, objective, accelerator)
+    batches = [batch(recipe, objective, rows, seed) for seed in range(2)]
+    result: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__, "stage": recipe.stage, "batch": rows, "layers": layers, "steps": steps,
+        "execution": dataclasses.asdict(recipe.execution), "precision": recipe.fit.precision,
+        "parameters": {"trained": parameters(objective, True), "frozen": parameters(objective, False)},
+        "text_tokens": {n: list(v.shape) for n, v in batches[0].items() if n in ("input_ids", "labels")},
+        "real_tokens": int(batches[0]["attention_mask"].sum()),
+        "flops": counts.flops, "computed_memory": memory, "sides": {},
+    }  # fmt: skip
+    peak = plan.PEAK.get(next((gpu for gpu in plan.PEAK if gpu in result["device"].lower()), ""))
+
+    def once(number: int = 0) -> None:
+        trainer.step(batches[number % 2])
+
+    sides = list(trainer.encoders)
+    for side in sides:
+        trainer.use(side)
+        began = time.perf_counter()
+        once()
+        trainer.finish()
+        result["sides"][side] = {"first_step_seconds": time.perf_counter() - began}
+        for number in range(WARM_UP - 1):
+            once(number)
+        result["sides"][side] |= _memory_of(trainer, once)
+    clock = Clock(device)
+    for number in range(steps):
+        for side in sides if number % 2 == 0 else reversed(sides):
+            trainer.use(side)
+            with clock.span(side):
+                once(number)
+    trainer.finish()
+    for side, seconds in clock.read().items():
+        median = statistics.median(seconds)
+        found = result["sides"][side]
+        found |= {"seconds": median, "samples_per_second": rows / median, "flops_per_second": counts.flops / median}
+        found |= {"fastest": min(seconds), "slowest": max(seconds)}
+        if peak is not None:
+            found["mfu"] = counts.flops / median / peak
+        trainer.use(side)
+        found["parts"] = _parts(trainer, once)
+    result["waits"] = _waits(trainer, once)
+    result["operations"] = _operations(trainer, once, trace)
+    return result
+
+
+def _check_room(needed: float) -> None:
+    free = psutil.virtual_memory().available
+    if needed > 0.9 * free:
+        raise RecipeError(
+            f"this takes about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: make it smaller, "
+            "such as with --layers 2 --batch 4"
+        )
+
+
+def _memory_of(trainer: Trainer, once: Callable[[], None]) -> dict[str, float]:
+    """Bytes at the peak of a step; on a CPU of the process so far, libraries and all."""
+    if trainer.device.type != "cuda":
+        once()
+        return {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
+    trainer.finish()
+    torch.cuda.reset_peak_memory_stats(trainer.device)
+    once()
+    trainer.finish()
+    return {
+        "allocated": float(torch.cuda.max_memory_allocated(trainer.device)),
+        "reserved": float(torch.cuda.max_memory_reserved(trainer.device)),
+    }
+
+
+def _parts(trainer: Trainer, once: Callable[[int], None]) -> dict[str, float]:
+    """Share of a step's time by part."""
+    clock = Clock(trainer.device)
+    with labeled(trainer, clock):
+        for number in range(LABELED):
+            with clock.span("step"):
+                once(number)
+    trainer.finish()
+    sums = {name: sum(seconds) for name, seconds in clock.read().items()}
+    whole = sums.pop("step")
+    shares = {name: seconds / whole for name, seconds in sums.items()}
+    return shares | {"the rest": 1 - sum(shares.values())}
+
+
+def _waits(trainer: Trainer, once: Callable[[], None]) -> list[str] | None:
+    """Where the host waits for the GPU within a step, by torch's own account; None without a GPU."""
+    if trainer.device.type != "cuda":
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            once()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
+
+
+def _operations(trainer: Trainer, once: Callable[[], None], trace: Path | None) -> list[tuple[str, float, int]]:
+    """The ten operations that take most of a step: name, share of all, calls."""
+    on_gpu = trainer.device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    clock = Clock(trainer.device)
+    with profile(activities=activities) as profiled, labeled(trainer, clock):
+        once()
+        trainer.finish()
+    if trace is not None:
+        profiled.export_chrome_trace(str(trace))
+    labels = {name for name, *_ in clock.spans}
+    times = {
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
+        for event in profiled.key_averages()
+        if event.key not in labels and event.device_type == torch.autograd.DeviceType.CPU
+    }
+    whole = sum(spent for spent, _ in times.values()) or 1
+    first = sorted(times, key=lambda name: -times[name][0])[:10]
+    return [(name, times[name][0] / whole, times[name][1]) for name in first]
+
+
+# --- the command ---
+
+
+def report(name: str, found: dict[str, Any]) -> str:
+    """What was measured, to read."""
+    cut = found["layers"] is not None
+    computed = sum(found["computed_memory"].values())
+    lines = [
+        f"{name}: {found['device']}, batch {found['batch']}, one process, random weights and data"
+        + (f"; REDUCED to {found['layers']} layers of each stack, at full width" if cut else ""),
+        f"  parameters   {found['parameters']['trained']:,} trained, {found['parameters']['frozen']:,} frozen",
+        f"  work         {found['flops'] / found['batch'] / 1e12:.3f} TFLOP a pair; "
+        f"text {found['text_tokens']}, {found['real_tokens']} real tokens",
+        f"  memory       {computed / 1e9:.1f} GB computed for a GPU: "
+        + ", ".join(f"{size / 1e9:.2f} {what}" for what, size in found["computed_memory"].items()),
+    ]
+    for side, of in found["sides"].items():
+        share = f"{of['mfu']:.1%} of the peak" if "mfu" in of else "peak of this device not known"
+        bytes_ = ", ".join(f"{of[n] / 1e9:.1f} GB {n}" for n in ("allocated", "reserved", "resident") if n in of)
+        lines += [
+            f"  encoder {side}: {of['samples_per_second']:.2f} samples/s, {1000 * of['seconds']:.0f} ms a step "
+            f"(median of {found['steps']}, {1000 * of['fastest']:.0f} to {1000 * of['slowest']:.0f}), "
+            f"{of['flops_per_second'] / 1e12:.2f} TFLOP/s, {share}; {bytes_} at the peak",
+            *(f"    {part:6.1%}  {what}" for what, part in of["parts"].items()),
+        ]
+    lines += ["  operations of one step"]
+    lines += [f"    {share:6.1%}  {calls:6d} x {what}" for what, share, calls in found["operations"]]
+    if found["waits"] is not None:
+        lines.append(f"  the host waits {len(found['waits'])} times a step: {', '.join(found['waits']) or '-'}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 0: measured; 1: out of memory; 2: it could not start."""
+    parser = argparse.ArgumentParser(prog="python -m train.throughput", description=__doc__.split("\n")[0])
+    parser.add_argument("recipe", choices=[name for name in RECIPES if not name.startswith("scenes")])
+    parser.add_argument("--batch", type=int, default=128, help="pairs of this process")
+    parser.add_argument("--micro-batch-size", type=int, help="pairs at a time; all by default")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="time the compiled encoder, too; default: on a GPU")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=20, help="timed, of each kind")
+    parser.add_argument("--layers", type=int, help="cut every stack of layers to so many")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="write a chrome trace of one step")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
+    given = parser.parse_args(arguments)
+    micro = given.micro_batch_size
+    if min(given.batch, given.steps, given.layers or 1, micro or 1) < 1 or given.batch % (micro or 1):
+        parser.error("sizes are at least 1, and --micro-batch-size divides --batch")
+    if distributed.promised() > 1:
+        parser.error("one process measures one GPU: start it without torchrun")
+    recipe = RECIPES[given.recipe]()
+    execution: Execution = dataclasses.replace(
+        recipe.execution, micro_batch_size=micro, checkpointing=given.checkpointing, compile=given.compile
+    )
+    recipe = dataclasses.replace(recipe, execution=execution)
+    plain = contextlib.nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH)
+    try:
+        with plain:
+            found = measure(recipe, given.batch, steps=given.steps, layers=given.layers, trace=given.profile)
+    except RecipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        half = max(1, (micro or given.batch) // 2)
+        print(
+            f"error: out of memory with {micro or given.batch} pairs at a time: try --micro-batch-size {half}, "
+            f"or --checkpointing ({str(error).splitlines()[0]})",
+            file=sys.stderr,
+        )
+        return 1
+    print(report(given.recipe, found))
+    if given.json is not None:
+        temporary = given.json.with_name(f".{given.json.name}.{os.getpid()}")
+        temporary.write_text(json.dumps({"recipe": given.recipe, **found}, indent=1) + "\n")
+        temporary.rename(given.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
