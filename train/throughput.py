@@ -2,7 +2,7 @@
 
     python -m train.throughput stage1-vitg --batch 128
     python -m train.throughput stage2-opt-2-7b --batch 128 --profile trace.json
-    python -m train.throughput stage1-vitg --batch 4 --layers 2 --steps 3      # a CPU: fewer layers, full width
+    python -m train.throughput stage1-vitg --batch 4 --layers 2 --steps 3   # a CPU: less depth
 
 A recipe's full-size model is made with random weights from its sizes alone, so nothing is downloaded, and
 takes steps on random pictures and captions by the parts that `fit` puts together: the objective's `split` and
@@ -31,179 +31,26 @@ from unittest import mock
 
 import psutil
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from train import distributed, objectives, optim, plan, shapes
-from train.count import Counts, count, parameters
-from train.engine import _backward, _to, make_accelerator
+from train import distributed, objectives, plan, shapes
+from train.count import count, parameters
+from train.engine import make_accelerator
 from train.execution import prepare
-from train.objectives import Objective, Stage1
-from train.recipes import RECIPES, Execution, Recipe, RecipeError
-from train.stop import Flags
+from train.objectives import Stage1
+from train.recipes import RECIPES, Recipe, RecipeError
+from train.trial import Trainer, batch, build, expected, materialize
 
 WARM_UP, LABELED = 3, 3  # steps before the clock starts; steps in which parts are told apart
-CAPTION = (13.0, 0.45)  # tokens: median and sigma of a log-normal, about COCO's; an assumption
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-AUTOCAST_WASTE = 1.5e9  # bytes that torch and its libraries take on a CPU, about
-
-
-# --- the model and what it reads ---
-
-
-def build(recipe: Recipe, layers: int | None = None) -> Objective:
-    """A recipe's objective on the meta device, every stack of layers cut to its first ones.
-
-    Args:
-        recipe: its execution is not applied yet, but for precisions and micro batches.
-        layers: of each stack; None: all.
-    """
-    objective = shapes.build(recipe, dataclasses.replace(recipe.execution, checkpointing=False))
-    for name, module in list(objective.named_modules()):
-        nested = any(word.isdigit() for word in name.split("."))  # T5's blocks hold lists of their own
-        if layers is not None and isinstance(module, nn.ModuleList) and not nested:
-            del module[layers:]
-    return objective
-
-
-@torch.no_grad()
-def materialize(objective: Objective, device: torch.device) -> None:
-    """Give a model on the meta device memory, in its precisions, and random numbers of the usual size."""
-    objective.to_empty(device=device)
-    language_model = getattr(objective.model, "language_model", None)
-    if language_model is not None:
-        language_model.tie_weights()  # to_empty makes two of one
-    for name, parameter in objective.named_parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=0.02)
-        else:
-            parameter.fill_(0.07 if name.endswith("temperature") else float("norm" in name.lower()))
-            if name.endswith("bias"):
-                parameter.zero_()
-    for buffer in objective.buffers():
-        buffer.zero_()
-
-
-def batch(recipe: Recipe, objective: Objective, rows: int, seed: int = 0) -> dict[str, Any]:
-    """Random pictures and captions on the CPU, as a loader gives them.
-
-    Args:
-        recipe: of the pictures' and captions' sizes.
-        objective: its vocabulary is drawn from.
-        rows: pairs. The first has the longest caption, so that shapes are those of the plan.
-        seed: of the numbers.
-    """
-    random = torch.Generator().manual_seed(seed)
-    config = objective.model.config
-    words = (config.qformer_config if recipe.stage == 1 else config.text_config).vocab_size
-    made: dict[str, Any] = {}
-    drawn = torch.randn(rows, generator=random).mul(CAPTION[1]).exp().mul(CAPTION[0]).round()
-    for name, like in shapes.batch(recipe, rows).items():
-        if name == "pixel_values":
-            made[name] = torch.randn(like.shape, generator=random)
-            continue
-        longest = like.shape[1]
-        lengths = (drawn * longest / recipe.max_text_length).round().clamp(3, longest)
-        lengths[0] = longest
-        real = torch.arange(longest) < lengths[:, None]
-        ids = torch.randint(10, min(words, 30_000), like.shape, generator=random)
-        if name == "attention_mask":
-            made[name] = real.long()
-        else:
-            made[name] = ids.masked_fill(~real, -100 if name == "labels" else 1)
-    if recipe.stage == 2 and config.use_decoder_only_language_model:
-        made["labels"] = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
-    return made | {"keys": [f"random/{row}" for row in range(rows)]}
-
-
-def expected(recipe: Recipe, objective: Objective, counts: Counts) -> dict[str, float]:
-    """Bytes of one GPU by `train.plan`'s sum, for an objective that may have been cut."""
-    model: Any = objective.model
-    execution, bytes_of = recipe.execution, plan.BYTES
-    memory = {
-        "image encoder, frozen": parameters(model.vision_model, False) * bytes_of[execution.vision_precision]
-    }
-    if recipe.stage == 2:
-        each = bytes_of[execution.language_precision]
-        memory["language model, frozen"] = parameters(model.language_model, False) * each
-    return memory | {
-        "trained weights, AdamW": parameters(model, True) * 12.0,
-        "the step, at its peak": counts.peak,
-        "allowances": plan.WASTE * counts.peak + plan.RESERVED,
-    }
-
-
-# --- the step ---
-
-
-class Trainer:
-    """What `fit` makes of an objective, and its step, without what it logs and saves.
-
-    Args:
-        recipe: of the optimizer, the precision and the execution.
-        objective: with numbers.
-        accelerator: of `make_accelerator`.
-    """
-
-    def __init__(self, recipe: Recipe, objective: Objective, accelerator: Accelerator):
-        self.recipe, self.objective, self.accelerator = recipe, objective, accelerator
-        self.device, fit = accelerator.device, recipe.fit
-        encoder: Any = objective.model.vision_model
-        eager = encoder.tokens
-        prepare(objective, recipe.execution, self.device)
-        self.encoders = {"eager": eager}
-        if encoder.tokens != eager:
-            self.encoders["compiled"] = encoder.tokens
-        objective.to(self.device).train()
-        self.optimizer = optim.adamw(objective, weight_decay=fit.weight_decay, betas=fit.betas)
-        optim.set_learning_rate(self.optimizer, fit.learning_rate / fit.warmup_steps)
-        self.parameters = [p for p in objective.parameters() if p.requires_grad]
-        self.model = accelerator.prepare_model(objective)
-        self.number, self.flags = 0, Flags()
-        self.backward, self.update = accelerator.backward, self._update
-
-    def use(self, side: str) -> None:
-        """Take the "eager" or the "compiled" image encoder from now on."""
-        encoder: Any = self.objective.model.vision_model
-        encoder.tokens = self.encoders[side]
-
-    def step(self, batch: dict[str, Any]) -> None:
-        """As a step of `fit`: nothing here waits for the device but the last step's flag."""
-        with self.accelerator.autocast():
-            parts = self.objective.split(_to(batch, self.device), self.number, self.recipe.fit.seed)
-        values = _backward(self.model, parts, self.accelerator)
-        flag = self.update(values)
-        self.number += 1
-        self.flags.put(flag, self.number, values, batch["keys"])
-        self.flags.read()
-
-    def _update(self, values: dict[str, Tensor]) -> Tensor:
-        scaler, optimizer = self.accelerator.scaler, self.optimizer
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        norm = optim.gradient_norm(self.parameters, self.recipe.fit.clip_norm)
-        bad = (~torch.isfinite(values["loss"] if scaler is not None else values["loss"] + norm)).float()
-        if scaler is not None:
-            scaler.step(optimizer)
-            scaler.update()
-        else:
-            optimizer.found_inf = bad  # type: ignore[attr-defined]
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return torch.stack([bad, torch.zeros_like(bad)])
-
-    def finish(self) -> None:
-        """Wait for the device."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+LIBRARIES = 1.5e9  # bytes that torch and what it loads take on a CPU, about
 
 
 class Clock:
     """Times on the device's own clock, where it has one, read at the end: nothing waits in between.
 
-    The queue of a GPU does not run empty for being measured, and what a span launched in other threads, as the
+    A GPU's queue does not run empty for being measured, and what other threads launch within a span, as the
     backward pass does, counts.
     """
 
@@ -269,9 +116,7 @@ def labeled(trainer: Trainer, clock: Clock) -> Iterator[None]:
         ]
     with contextlib.ExitStack() as stack:
         for owner, name, label in where:
-            stack.enter_context(
-                mock.patch.object(owner, name, clock.around(label, getattr(owner, name)))
-            )
+            stack.enter_context(mock.patch.object(owner, name, clock.around(label, getattr(owner, name))))
         yield
 
 
@@ -301,7 +146,7 @@ def measure(
     accelerator = make_accelerator(recipe.fit.precision)
     device = accelerator.device
     if device.type == "cpu":
-        _check_room(sum(memory.values()) - plan.RESERVED + AUTOCAST_WASTE)
+        _check_room(sum(memory.values()) - plan.RESERVED + LIBRARIES)
     distributed.seed_everything(recipe.fit.seed)
     objective = build(recipe, layers)
     materialize(objective, device)
@@ -341,7 +186,11 @@ def measure(
     for side, seconds in clock.read().items():
         median = statistics.median(seconds)
         found = result["sides"][side]
-        found |= {"seconds": median, "samples_per_second": rows / median, "flops_per_second": counts.flops / median}
+        found |= {
+            "seconds": median,
+            "samples_per_second": rows / median,
+            "flops_per_second": counts.flops / median,
+        }
         found |= {"fastest": min(seconds), "slowest": max(seconds)}
         if peak is not None:
             found["mfu"] = counts.flops / median / peak
@@ -356,8 +205,8 @@ def _check_room(needed: float) -> None:
     free = psutil.virtual_memory().available
     if needed > 0.9 * free:
         raise RecipeError(
-            f"this takes about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: make it smaller, "
-            "such as with --layers 2 --batch 4"
+            f"this takes about {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: make it "
+            "smaller, such as with --layers 2 --batch 4"
         )
 
 
@@ -404,7 +253,9 @@ def _waits(trainer: Trainer, once: Callable[[], None]) -> list[str] | None:
     return [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
 
 
-def _operations(trainer: Trainer, once: Callable[[], None], trace: Path | None) -> list[tuple[str, float, int]]:
+def _operations(
+    trainer: Trainer, once: Callable[[], None], trace: Path | None
+) -> list[tuple[str, float, int]]:
     """The ten operations that take most of a step: name, share of all, calls."""
     on_gpu = trainer.device.type == "cuda"
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
@@ -435,7 +286,8 @@ def report(name: str, found: dict[str, Any]) -> str:
     lines = [
         f"{name}: {found['device']}, batch {found['batch']}, one process, random weights and data"
         + (f"; REDUCED to {found['layers']} layers of each stack, at full width" if cut else ""),
-        f"  parameters   {found['parameters']['trained']:,} trained, {found['parameters']['frozen']:,} frozen",
+        f"  parameters   {found['parameters']['trained']:,} trained, "
+        f"{found['parameters']['frozen']:,} frozen",
         f"  work         {found['flops'] / found['batch'] / 1e12:.3f} TFLOP a pair; "
         f"text {found['text_tokens']}, {found['real_tokens']} real tokens",
         f"  memory       {computed / 1e9:.1f} GB computed for a GPU: "
@@ -443,9 +295,12 @@ def report(name: str, found: dict[str, Any]) -> str:
     ]
     for side, of in found["sides"].items():
         share = f"{of['mfu']:.1%} of the peak" if "mfu" in of else "peak of this device not known"
-        bytes_ = ", ".join(f"{of[n] / 1e9:.1f} GB {n}" for n in ("allocated", "reserved", "resident") if n in of)
+        bytes_ = ", ".join(
+            f"{of[n] / 1e9:.1f} GB {n}" for n in ("allocated", "reserved", "resident") if n in of
+        )
         lines += [
-            f"  encoder {side}: {of['samples_per_second']:.2f} samples/s, {1000 * of['seconds']:.0f} ms a step "
+            f"  encoder {side}: {of['samples_per_second']:.2f} samples/s, "
+            f"{1000 * of['seconds']:.0f} ms a step "
             f"(median of {found['steps']}, {1000 * of['fastest']:.0f} to {1000 * of['slowest']:.0f}), "
             f"{of['flops_per_second'] / 1e12:.2f} TFLOP/s, {share}; {bytes_} at the peak",
             *(f"    {part:6.1%}  {what}" for what, part in of["parts"].items()),
@@ -453,7 +308,9 @@ def report(name: str, found: dict[str, Any]) -> str:
     lines += ["  operations of one step"]
     lines += [f"    {share:6.1%}  {calls:6d} x {what}" for what, share, calls in found["operations"]]
     if found["waits"] is not None:
-        lines.append(f"  the host waits {len(found['waits'])} times a step: {', '.join(found['waits']) or '-'}")
+        lines.append(
+            f"  the host waits {len(found['waits'])} times a step: {', '.join(found['waits']) or '-'}"
+        )
     return "\n".join(lines)
 
 
@@ -464,22 +321,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=128, help="pairs of this process")
     parser.add_argument("--micro-batch-size", type=int, help="pairs at a time; all by default")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="time the compiled encoder, too; default: on a GPU")  # fmt: skip
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="the encoder compiled, too; default: on GPUs",
+    )
     parser.add_argument("--steps", type=int, default=20, help="timed, of each kind")
     parser.add_argument("--layers", type=int, help="cut every stack of layers to so many")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="write a chrome trace of one step")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures")
     given = parser.parse_args(arguments)
     micro = given.micro_batch_size
-    if min(given.batch, given.steps, given.layers or 1, micro or 1) < 1 or given.batch % (micro or 1):
+    sizes = [given.batch, given.steps, *(size for size in (given.layers, micro) if size is not None)]
+    if min(sizes) < 1 or given.batch % (micro or 1):
         parser.error("sizes are at least 1, and --micro-batch-size divides --batch")
     if distributed.promised() > 1:
         parser.error("one process measures one GPU: start it without torchrun")
     recipe = RECIPES[given.recipe]()
-    execution: Execution = dataclasses.replace(
-        recipe.execution, micro_batch_size=micro, checkpointing=given.checkpointing, compile=given.compile
-    )
-    recipe = dataclasses.replace(recipe, execution=execution)
+    changes = {"micro_batch_size": micro, "checkpointing": given.checkpointing, "compile": given.compile}
+    recipe = dataclasses.replace(recipe, execution=dataclasses.replace(recipe.execution, **changes))
     plain = contextlib.nullcontext() if torch.cuda.is_available() else sdpa_kernel(SDPBackend.MATH)
     try:
         with plain:
@@ -490,8 +350,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except torch.OutOfMemoryError as error:
         half = max(1, (micro or given.batch) // 2)
         print(
-            f"error: out of memory with {micro or given.batch} pairs at a time: try --micro-batch-size {half}, "
-            f"or --checkpointing ({str(error).splitlines()[0]})",
+            f"error: out of memory with {micro or given.batch} pairs at a time: try "
+            f"--micro-batch-size {half}, or --checkpointing ({str(error).splitlines()[0]})",
             file=sys.stderr,
         )
         return 1
