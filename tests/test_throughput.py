@@ -198,9 +198,7 @@ def test_too_little_memory_is_a_sentence(monkeypatch, capsys):
     assert "out of memory with 128 pairs at a time: try --micro-batch-size 64" in said and "more" not in said
 
 
-@pytest.mark.parametrize(
-    "options", [["--batch", "5", "--micro-batch-size", "2"], ["--layers", "0"], ["--steps", "0"]]
-)
+@pytest.mark.parametrize("options", ["--batch 5 --micro-batch-size 2", "--layers 0", "--steps 0"])
 def test_sizes_that_make_no_sense(options, capsys):
     with pytest.raises(SystemExit):
         throughput.main(["stage1-vitg", *options.split()])
