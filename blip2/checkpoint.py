@@ -47,7 +47,14 @@ __all__ = ["CheckpointError", "Loaded", "half_precision", "is_available", "load"
 SMALL = 100_000_000  # parameters; below this a model is so quick that "auto" stays exact
 # Heads and bridges are small and matter most; `lm_head` breaks generation when quantized while tied.
 # transformers adds the Q-Former and T5's `wo` (`_keep_in_fp32_modules`).
-UNQUANTIZED = ("lm_head", "language_projection", "vision_projection", "text_projection", "itm_head")
+UNQUANTIZED = (
+    "lm_head",
+    "embed_out",
+    "language_projection",
+    "vision_projection",
+    "text_projection",
+    "itm_head",
+)
 EXTERNAL = "vision_model.external."  # weights of an image encoder that is a callable
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -4,8 +4,8 @@ Three measurements that mean what they say and no more. Probabilities are the mo
 being right. Occlusion tells how much less likely the answer becomes when a part is hidden. Query attention
 tells where the Q-Former's queries read; it does not explain an answer.
 
-B images, Q queries, P image tokens (a class token or several or none, then the patches row by row), H heads, L cross-attention
-layers, T tokens.
+B images, Q queries, P image tokens (a class token, or several or none, then the patches row by row), H heads,
+L cross-attention layers, T tokens.
 """
 
 import math

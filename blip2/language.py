@@ -55,7 +55,9 @@ class Manners:
         config: Any = language_model.config
         if config.model_type == "opt":
             newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-            return cls("\n", tuple(newline[-1:]))
+            if len(newline) != 1:
+                raise ValueError(f"the line break that ends its captions is {len(newline)} tokens, not one")
+            return cls("\n", tuple(newline))
         found = [getattr(language_model.generation_config, "eos_token_id", None), config.eos_token_id]
         known: dict[int, None] = {}
         for ids in (*found, tokenizer.eos_token_id):

@@ -289,7 +289,8 @@ def pixel_size(settings: Any) -> int:
     Raises:
         ValueError: it does not make squares.
     """
-    size = settings.crop_size if getattr(settings, "do_center_crop", None) else settings.size
+    cropped = getattr(settings, "do_center_crop", None)
+    size = getattr(settings, "crop_size" if cropped else "size", None) or {}
     sides = {size[name] for name in ("height", "width", "shortest_edge", "longest_edge") if size.get(name)}
     if len(sides) != 1:
         raise ValueError(

@@ -28,6 +28,7 @@ def encoder(kind: str, folder: Path) -> Path:
     square = {"height": 64, "width": 64}
     if kind in ("siglip", "clip"):
         vision = {**SIZES, **PIXELS, "intermediate_size": 48}
+        vision["patch_size"] = 15 if kind == "siglip" else 16  # as the released one's 14 in 384
         text = {**SIZES, "intermediate_size": 48, "vocab_size": 40, "projection_size": 32}
         names = {"siglip": ("SiglipConfig", "SiglipModel"), "clip": ("CLIPConfig", "CLIPModel")}[kind]
         config = getattr(transformers, names[0])(vision_config=vision, text_config=text)

@@ -6,10 +6,10 @@ import others
 import pytest
 import torch
 import transformers
-from test_any import PAIRS, eva, parts, picture, trained  # noqa: F401 - fixtures
+from test_any import eva, eva_stage1, parts, picture, trained  # noqa: F401 - fixtures
 
 from blip2 import cli, encoders
-from blip2.checkpoint import CheckpointError, load
+from blip2.checkpoint import CheckpointError, load, save
 from blip2.encoders import ExternalEncoder, register_encoder
 from train.encoders import load_encoder
 from train.recipes import Execution, RecipeError, scenes_stage1
@@ -32,7 +32,7 @@ def own(parts, tmp_path_factory):  # noqa: F811
     return first, trained(2, first, folder / "two", **changes)
 
 
-def test_ones_own_encoder_is_trained_and_saved(own):
+def test_ones_own_encoder_is_trained_and_saved(own, tmp_path):
     """Its weights are frozen and saved, and its place is taken by what the user registers."""
     kept = others.patches()
     register_encoder(SOURCE, lambda: ExternalEncoder(others.Patches(), width=32, image_size=64))
@@ -46,6 +46,9 @@ def test_ones_own_encoder_is_trained_and_saved(own):
         torch.testing.assert_close(hidden, kept.encode(pixels))
         half = load(folder, precision="bfloat16", device="cpu").model
         assert half.vision_model.encode(pixels).dtype == torch.bfloat16
+        few = load(folder, precision="int8", device="cpu")
+        again = load(save(few.model, few.processor, tmp_path / folder.parent.name), device="cpu").model
+        assert torch.equal(again.vision_model.encode(pixels), few.model.vision_model.encode(pixels))
 
 
 def test_no_code_is_run_because_a_folder_names_it(own, picture, capsys, monkeypatch, tmp_path):  # noqa: F811
@@ -93,6 +96,17 @@ def test_a_plain_function(tmp_path):
     assert torch.equal(load(folder, device="cpu").model.vision_model.encode(pixels), cells(pixels))
 
 
+def test_clip_as_lavis_has_it(eva_stage1, tmp_path):  # noqa: F811
+    """Its norm before the blocks is beyond transformers' BLIP-2, which would read it with random weights."""
+    folder = tmp_path / "clip"
+    eva(folder, pre_layernorm=True, patch_bias=False)
+    saved = trained(1, folder, tmp_path / "one")
+    assert load(saved, device="cpu").model.config.model_type == "blip2-any"
+    with pytest.raises((OSError, ValueError)):
+        transformers.Blip2ForImageTextRetrieval.from_pretrained(saved)
+    assert load(eva_stage1, device="cpu").model.config.model_type == "blip-2"
+
+
 # --- what cannot be ---
 
 
@@ -106,7 +120,8 @@ def sam(folder):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("no/where", "no image encoder in no/where"),
+        ("no/where", "no image encoder in no/where; .*hf download no/where"),
+        ("eva-vit-g", "no image encoder in eva-vit-g$"),
         ("others:nothing", "has no attribute 'nothing'"),
         ("nowhere:patches", "No module named 'nowhere'"),
         ("wide", r"gave \(1, 16, 32\); expected .* \(1, any, 48\)"),
@@ -135,7 +150,7 @@ def test_encoders_that_do_not_fit(source, message, tmp_path, parts):  # noqa: F8
         load_encoder(source)
 
 
-def test_decoders_that_do_not_fit(parts, tmp_path):  # noqa: F811
+def test_decoders_that_do_not_fit(parts, eva_stage1, tmp_path):  # noqa: F811
     """BART is an encoder-decoder that transformers' BLIP-2 takes for a decoder."""
     config = transformers.BartConfig(
         vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
@@ -143,9 +158,19 @@ def test_decoders_that_do_not_fit(parts, tmp_path):  # noqa: F811
     )  # fmt: skip
     transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path / "bart")
     others.tokenizer("llama").save_pretrained(tmp_path / "bart")
-    first = trained(1, eva(tmp_path / "eva"), tmp_path / "one")
-    with pytest.raises(RecipeError, match="type bart work neither"):
-        trained(2, first, tmp_path / "two", language_model=str(tmp_path / "bart"))
+    config = transformers.MambaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    others.tokenizer("llama").save_pretrained(tmp_path / "mamba")
+    for name, message in (
+        ("bart", "type bart work neither"),
+        ("mamba", "linear_attention"),
+        ("vit", "Unrecognized configuration"),
+    ):
+        folder = parts("vit") if name == "vit" else tmp_path / name
+        if name == "vit":
+            others.tokenizer("llama").save_pretrained(folder)
+        with pytest.raises(RecipeError, match=message):
+            trained(2, eva_stage1, tmp_path / "two", language_model=str(folder))
 
 
 # --- precisions ---

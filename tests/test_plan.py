@@ -41,18 +41,22 @@ def step_of(family, rows, micro=None):
     return made, batch if family == "retrieval" else batch | {"labels": ids}
 
 
-def measured(objective, batch):
+def measured(objective, batch, precision):
     """Peak of what torch's CPU allocator hands out in a step, by its profiler; bytes."""
     from torch.profiler import ProfilerActivity, profile
 
     with count._as_on_gpu(fused=False), contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         profiler = stack.enter_context(profile(activities=[ProfilerActivity.CPU], profile_memory=True))
-        for part in objective.split(batch, step=0):
-            values = objective(part)
+        autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
+        with autocast:
+            parts = objective.split(batch, step=0)
+        for part in parts:
+            with autocast:
+                values = objective(part)
             sum(value for name, value in values.items() if name.startswith("loss")).backward()
             del values
-        del part
+        del part, parts
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -62,20 +66,25 @@ def measured(objective, batch):
 
 
 @pytest.mark.parametrize(
-    ("family", "micro", "again"),
-    [("retrieval", None, False), ("retrieval", 32, True), ("opt", 32, False), ("t5", None, True)],
+    ("family", "micro", "again", "precision"),
+    [
+        ("retrieval", None, False, torch.bfloat16),
+        ("retrieval", 32, True, torch.float32),
+        ("opt", 32, False, torch.float32),
+        ("t5", None, True, torch.bfloat16),
+    ],
 )
-def test_counted_memory_is_what_a_real_step_takes(family, micro, again):
+def test_counted_memory_is_what_a_real_step_takes(family, micro, again, precision):
     objective, batch = step_of(family, 64, micro)
     if again:
         language = getattr(objective.model, "language_model", None)
         layers = objective.model.qformer.encoder.layers
         execution.recompute(layers + (execution.blocks(language) if language is not None else []))
-    real = measured(objective, batch) + sum(t.untyped_storage().nbytes() for t in batch.values())
+    real = measured(objective, batch, precision) + sum(t.untyped_storage().nbytes() for t in batch.values())
     with torch.device("meta"):
         empty = {name: torch.empty_like(value, device="meta") for name, value in batch.items()}
     objective.zero_grad()
-    found = count.count(objective.to("meta"), empty, precision=torch.float32, fused=False)
+    found = count.count(objective.to("meta"), empty, precision=precision, fused=False)
     assert found.parts == (2 if micro else 1)
     assert found.peak == pytest.approx(real, rel=0.02)
 
@@ -113,6 +122,27 @@ def test_work_of_stage1():
     assert halves.each == pytest.approx(found.each / 2, rel=0.01)
 
 
+def test_a_running_process_can_count(tmp_path):
+    """Inside a process group, whose other members know nothing of it, and without a trace."""
+
+    def counted(processes):
+        objective, batch = step_of("retrieval", 4, 2)
+        with torch.device("meta"):
+            empty = {name: torch.empty_like(value, device="meta") for name, value in batch.items()}
+        before = torch.get_rng_state()
+        found = count.count(objective.to("meta"), empty, processes=processes)
+        assert torch.equal(before, torch.get_rng_state())
+        return found
+
+    expected = counted(8)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        assert counted(8) == expected
+    finally:
+        torch.distributed.destroy_process_group()
+    assert counted(1).peak < expected.peak  # no embeddings of others
+
+
 class AsLavis(Stage1):
     """The first stage as LAVIS computes it: every pass projects its own images, ITM's three times as many."""
 
@@ -142,7 +172,7 @@ def test_the_published_figures():
     options = {"processes": 8, "precision": torch.float16, "fused": False}
     found = count.count(AsLavis(model).train(), shapes.batch(recipe, 128), **options)
     assert found.each / 128 / 2 / 3 == pytest.approx(40.1e9, rel=0.02)
-    numbers = plan.sizes(recipe)
+    numbers = shapes.sizes(recipe)
     total = found.peak + 2 * numbers["vision"] + 16 * numbers["trained"]
     print(f"computed {total / 1e9:.1f} GB, published 37.5")
     assert total / 1e9 == pytest.approx(37.5, rel=0.1)
@@ -151,9 +181,19 @@ def test_the_published_figures():
 # --- plans ---
 
 
+FROZEN = {"opt-2-7b": 2_651_596_800, "opt-6-7b": 6_658_473_984, "flan-t5-xl": 2_849_757_184,
+          "flan-t5-xxl": 11_135_332_352}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_parameters(name):
+    """Of the language models, as Meta and Google count them; Flan-T5's own output matrix included."""
+    assert shapes.sizes(RECIPES[f"stage2-{name}"]())["language"] == FROZEN[name]
+
+
 @pytest.mark.parametrize("name", TRAINED)
 def test_trained_parameters(name):
-    assert plan.sizes(RECIPES[name]())["trained"] == TRAINED[name]
+    assert shapes.sizes(RECIPES[name]())["trained"] == TRAINED[name]
 
 
 def parsed(command):
@@ -162,6 +202,16 @@ def parsed(command):
     choices = {name: ("", make()) for name, make in RECIPES.items()}
     flat = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
     return tyro.extras.overridable_config_cli(choices, args=words, config=flat)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch"), [("stage2-opt-2-7b-vitl", 1920), ("stage2-flan-t5-xl-vitl", 1520)]
+)
+def test_stage2_with_vitl(name, batch):
+    made, with_vitg = RECIPES[name](), RECIPES[name.removesuffix("-vitl")]()
+    assert (made.batch_size, made.start_from) == (batch, "runs/stage1-vitl/model")
+    assert (made.fit, made.language_model) == (with_vitg.fit, with_vitg.language_model)
+    assert len({make().output for make in RECIPES.values()}) == len(RECIPES)
 
 
 def test_stage1_fits_the_papers_machines():
@@ -235,7 +285,7 @@ PAGE = ROOT / "docs" / "pretraining.md"
 
 
 def rows():
-    return [line for line in PAGE.read_text().splitlines() if line.startswith("| `stage")]
+    return [line for line in PAGE.read_text().splitlines() if re.match(r"\| `[\w-]+` \| \d+ x \d+ GB", line)]
 
 
 def test_the_page_has_a_plan_for_every_recipe():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate.state import AcceleratorState
 from pretraining import OPTIONS, SMALL, make_parts
 from transformers import (
     BertConfig,
@@ -320,3 +321,36 @@ def test_stage1_starts_from_bert(parts, tmp_path):
     )
     assert processor.tokenizer.bos_token_id == model.decoder_start_token_id
     assert model.embeddings.word_embeddings.num_embeddings == model.decoder_start_token_id + 1
+
+
+def test_stage1_goes_on_from_a_stage1_model(stage1, parts, tmp_path, capsys):
+    """Its Q-Former, heads and tokenizer are taken over; a stage-2 model is refused."""
+    model = stage1[0] / "model"
+    recipe = dataclasses.replace(recipes.scenes_stage1(), start_from=str(model))
+    objective, processor = pretrain.start(recipe)
+    before = load(model, device="cpu")
+    for name, value in before.model.state_dict().items():
+        assert torch.equal(objective.model.state_dict()[name], value), name
+    assert processor.tokenizer.get_vocab() == before.processor.tokenizer.get_vocab()
+    start = ["--start-from", str(model), "--output", str(tmp_path / "run"), *OPTIONS]
+    assert pretrain.main(["scenes-stage1", *start]) == 0
+    second = ["--start-from", str(model), "--language-model", str(parts / "opt")]
+    assert pretrain.main(["scenes-stage2-opt", *second, "--output", str(tmp_path / "opt"), *OPTIONS]) == 0
+    wrong = ["--start-from", str(tmp_path / "opt" / "model"), "--output", str(tmp_path / "no"), *OPTIONS]
+    assert pretrain.main(["scenes-stage1", *wrong]) == 2
+    assert "is a stage-2 model; stage 1 starts from an encoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["stage1-vitg", "stage2-opt-2-7b", "stage2-flan-t5-xl"])
+def test_any_recipe_runs_small(name, tmp_path, monkeypatch):
+    """--smoke: the recipe's own objectives, precisions and optimizer on drawn scenes, to a model."""
+    AcceleratorState._reset_state()  # it keeps the precision of the tests before
+    monkeypatch.setattr("train.smoke.STEPS", 4)
+    monkeypatch.setattr("train.smoke.SCENES", 96)
+    monkeypatch.chdir(tmp_path)
+    assert pretrain.main([name, "--smoke", "--batch-size=8", "--num-validation=8", "--warmup-steps=1"]) == 0
+    run = tmp_path / "runs" / "smoke" / name
+    config = json.loads((run / "config.json").read_text())
+    AcceleratorState._reset_state()
+    assert config["execution"]["vision_precision"] == "bfloat16" and config["fit"]["betas"] == [0.9, 0.98]
+    assert load(run / "model", device="cpu").processor.image_size == 64

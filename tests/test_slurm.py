@@ -29,6 +29,8 @@ def run(script, *arguments, folder, training="true"):
         "SLURM_JOB_NODELIST": "node-[1-2]",
         "SLURM_JOB_ID": "7",
         "SLURM_NTASKS": "2",
+        "SLURM_NNODES": "1",
+        "SLURM_NTASKS_PER_NODE": "2",
         "TRAINING": training,
     }
     environment = {**os.environ, **slurm, "PATH": f"{folder}:{os.environ['PATH']}"}

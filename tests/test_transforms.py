@@ -1,12 +1,15 @@
 """Captions and images as training takes them."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from blip2.images import preprocess
-from train.transforms import TrainTransform, clean_caption, clean_question
+from blip2.errors import ImageError
+from blip2.images import open_image, preprocess
+from train.transforms import TrainTransform, clean_caption, clean_question, decode, normalize
 
 
 @pytest.mark.parametrize(
@@ -66,3 +69,31 @@ def test_the_same_generator_gives_the_same_crop():
     image, transform = picture(64, 48), TrainTransform(image_size=16)
     one, two, other = (transform(image, np.random.default_rng(seed)) for seed in (3, 3, 4))
     assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_normalizing_is_bitwise_that_of_evaluation():
+    image = picture(24, 24)
+    whole = TrainTransform(image_size=24, scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0)
+    assert torch.equal(whole(image, np.random.default_rng(0)), preprocess([image], 24)[0])
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    ours = normalize(image, mean, std, mirror=True)
+    assert torch.equal(ours, preprocess([image], 24, mean, std)[0].flip(-1))
+
+
+def test_large_jpegs_are_decoded_smaller_and_look_the_same():
+    noise = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((1600, 1200), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95)
+    transform = TrainTransform(image_size=64, flip=0.0)
+    small, whole = decode(file.getvalue(), transform.wanted), open_image(file.getvalue())
+    assert whole.size == (1600, 1200) and small.size == (400, 300)
+    difference = np.subtract(*(np.asarray(i.resize((64, 64), 3), np.int16) for i in (small, whole)))
+    assert np.abs(difference).mean() < 0.5  # of 255
+    assert decode(file.getvalue(), 300).size == (400, 300) and decode(file.getvalue(), 301).size == (800, 600)
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff\xe0 no picture", b"<html>"])
+def test_what_is_no_image_is_refused(data):
+    with pytest.raises(ImageError):
+        decode(data, 100)

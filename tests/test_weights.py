@@ -7,16 +7,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import test_convert
 import tiny
 import torch
 import transformers
 from hub import Hub, point_to
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_convert import tower
 
+from blip2.checkpoint import load
 from blip2.errors import CheckpointError
 from blip2.vision import VisionTransformer
 from train import recipes, weight_files, weights
+from train.encoders import load_encoder
 from train.recipes import RECIPES, RecipeError
 from train.weights import WEIGHTS, Weights
 
@@ -124,9 +127,8 @@ def test_clip_folder(tmp_path):
     assert any("block 3" in line for line in lines) and any(
         "not of the image encoder" in line for line in lines
     )
-    config = transformers.Blip2VisionConfig.from_json_file(tmp_path / "out" / "config.json")
-    ours = VisionTransformer(config).eval()
-    ours.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    ours = load_encoder(str(tmp_path / "out")).encoder.eval()  # as training reads it
+    assert isinstance(ours, VisionTransformer)
     pixels = torch.randn(2, 3, 28, 28)
     with torch.no_grad():
         hidden = theirs.vision_model(pixels, output_hidden_states=True).hidden_states[-2]
@@ -139,6 +141,9 @@ def language_model(folder, pickled):
         tie_word_embeddings=False,
     )  # fmt: skip
     model = tiny.randomize(transformers.T5ForConditionalGeneration(config))
+    model.lm_head.weight = torch.nn.Parameter(
+        model.lm_head.weight.detach().flip(0).clone()
+    )  # untied, as Flan-T5's
     model.save_pretrained(folder)
     tiny.tokenizer("t5").save_pretrained(folder)
     if pickled:  # in two files, as older repositories have it
@@ -148,6 +153,42 @@ def language_model(folder, pickled):
             torch.save(dict(part), folder / f"pytorch_model-0000{number}-of-00002.bin")
         (folder / "pytorch_model.bin.index.json").write_text("{}")
     return model
+
+
+@pytest.mark.parametrize(
+    "lost", ["lm_head.weight", "shared.weight", "decoder.block.1.layer.0.layer_norm.weight"]
+)
+def test_a_language_model_in_part_is_refused(tmp_path, lost):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    config = language_model(tmp_path / "in", pickled=True).config
+    for path in (tmp_path / "in").glob("*.bin"):
+        torch.save({n: v for n, v in torch.load(path).items() if n != lost}, path)
+    with pytest.raises(CheckpointError, match=f"1 tensors missing or of another shape: {lost}"):
+        weight_files.write_text_model(tmp_path / "in", tmp_path / "out", config)
+
+
+def test_a_decoder_as_meta_released_it(tmp_path):
+    """OPT's .bin files have neither the model's prefix nor the tied head."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "out").mkdir()
+    config = transformers.OPTConfig(
+        hidden_size=16,
+        ffn_dim=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        word_embed_proj_dim=16,
+        vocab_size=40,
+    )
+    model = tiny.randomize(transformers.OPTForCausalLM(config))
+    config.save_pretrained(tmp_path / "in")
+    names = {n.removeprefix("model."): v.half() for n, v in model.state_dict().items() if "lm_head" not in n}
+    torch.save(names, tmp_path / "in" / "pytorch_model.bin")
+    weight_files.write_text_model(tmp_path / "in", tmp_path / "out", config, torch.float16)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert loaded.dtype == torch.float16
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value.half()), name
 
 
 @pytest.mark.parametrize("pickled", [False, True])
@@ -184,6 +225,7 @@ def recipe(tmp_path, monkeypatch):
 def test_fetch_from_the_hub(recipe, tmp_path, monkeypatch):
     tiny.randomize(transformers.CLIPModel(CLIP)).save_pretrained(tmp_path / "clip")
     said = []
+    assert weights.hint(recipe, "stage1-vitl") == "python -m train.pretrain stage1-vitl --fetch"
     with Hub(tmp_path / "clip", "someone/clip") as hub:
         point_to(hub.url, tmp_path / "cache", monkeypatch)
         made = weights.fetch(recipe, said.append)
@@ -195,7 +237,7 @@ def test_fetch_from_the_hub(recipe, tmp_path, monkeypatch):
         assert said[-1] == "weights/vitl is here"
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["vitl"]
     assert (tmp_path / "weights/vitl/SOURCE.txt").read_text().startswith("CLIP, from someone/clip. MIT.")
-    assert not any("vitl" in line for line in recipe.missing())
+    assert not any("vitl" in line for line in recipe.missing()) and weights.hint(recipe, "x") == ""
 
 
 def test_a_broken_off_fetch_leaves_nothing_half_done(recipe, tmp_path, monkeypatch):
@@ -209,6 +251,55 @@ def test_a_broken_off_fetch_leaves_nothing_half_done(recipe, tmp_path, monkeypat
         ):
             weights.fetch(recipe, print)
     assert list((tmp_path / "weights").iterdir()) == []
+
+
+def test_a_finished_stage1_of_lavis(tmp_path, monkeypatch, capsys):
+    """Its file, the encoder's and BERT's tokenizer make a folder that stage 2 starts from."""
+    monkeypatch.chdir(tmp_path)
+    _, state = test_convert.weights("stage1_a")
+    (tmp_path / "web").mkdir()
+    test_convert.write(tmp_path / "web" / "s1.pth", test_convert.without(state, "visual_encoder."))
+    torch.save(tower(state, 0), tmp_path / "web" / "eva.pth")
+    tiny.tokenizer("bert").save_pretrained("weights/bert-base-uncased")
+    save_file({"x": torch.zeros(1)}, "weights/bert-base-uncased/model.safetensors")
+    Path("weights/bert-base-uncased/config.json").write_text("{}")
+    with Hub(tmp_path / "web", "a/b") as hub:
+        point_to(hub.url, tmp_path / "cache", monkeypatch)
+        for name, file in (("vitg", "eva.pth"), ("stage1-vitg", "s1.pth")):
+            source = f"{hub.url}/a/b/resolve/main/{file}"
+            changed = dataclasses.replace(WEIGHTS[name], source=source, parts=WEIGHTS[name].parts[1:])
+            monkeypatch.setitem(WEIGHTS, name, changed)
+        monkeypatch.setitem(WEIGHTS, "opt-2.7b", WEIGHTS["bert-base-uncased"])
+        made = dataclasses.replace(
+            recipes.stage2_opt_2_7b(),
+            start_from="weights/stage1-vitg",
+            language_model="weights/bert-base-uncased",
+        )
+        weights.fetch(made)
+    assert "weights/stage1-vitg: " in capsys.readouterr().out
+    loaded = load("weights/stage1-vitg", device="cpu")
+    assert torch.equal(loaded.model.temperature, state["temp"])
+
+
+def test_what_stage1_has_to_make(tmp_path, monkeypatch):
+    """A stage-2 recipe says where its beginning comes from."""
+    monkeypatch.chdir(tmp_path)
+    said = []
+    monkeypatch.setattr(weights, "is_there", lambda folder: True)
+    weights.fetch(recipes.stage2_opt_2_7b(), said.append)
+    assert "--start-from weights/stage1-vitg" in said[-1] and "runs/stage1-vitg/model" in said[-1]
+
+
+def test_hub_ids_are_fetched_too(tmp_path, monkeypatch):
+    (tmp_path / "siglip").mkdir()
+    (tmp_path / "siglip" / "config.json").write_text("{}")
+    made = dataclasses.replace(recipes.stage1_vitg(), start_from="someone/siglip", bert=None, tokenizer=None)
+    with Hub(tmp_path / "siglip", "someone/siglip") as hub:
+        point_to(hub.url, tmp_path / "cache", monkeypatch)
+        assert weights.on_the_hub(made) == ["someone/siglip"]
+        said = []
+        weights.fetch(made, said.append)
+        assert said[-1].startswith("someone/siglip is in the Hub's cache: ")
 
 
 def test_offline(recipe, capsys):

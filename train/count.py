@@ -1,12 +1,12 @@
 """What one training step computes and keeps in memory, counted on the real objectives without any data.
 
 The full-size model is built on torch's meta device, and a whole step of a stage's objective, its accumulation
-and its gathers included, runs on fake tensors in a fake process group: shapes and types are real, numbers are
-not, so this takes seconds and next to no memory. `Meter` sees every operation as it passes, and adds up
-products, by the formulas of `torch.utils.flop_counter`, and the bytes that exist at any moment; that counter
-itself keeps the graphs of recomputed layers, and with them their memory, alive. `_as_on_gpu` makes
-the CPU's fake tensors take the path of a GPU under autocast: memory-efficient attention, and layer norms,
-softmaxes and losses in float32.
+and its gathers included, runs on fake tensors: shapes and types are real, numbers are not, so this takes
+seconds and next to no memory. `Meter` sees every operation as it passes, and adds up products, by the
+formulas of `torch.utils.flop_counter`, and the bytes that exist at any moment; that counter itself keeps the
+graphs of recomputed layers, and with them their memory, alive. `_as_on_gpu` makes the CPU's fake tensors take
+the path of a GPU under autocast: memory-efficient attention, and layer norms, softmaxes and losses in
+float32.
 
 Not seen: the optimizer, what libraries set aside, and the allocator's waste, which `train.plan` adds.
 """
@@ -21,15 +21,14 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from train import distributed
 from train.objectives import Objective
 
 FLOAT32 = ("layer_norm", "cross_entropy", "softmax", "normalize")  # by autocast on CUDA
@@ -69,7 +68,7 @@ def count(
     """Take one step without numbers.
 
     Args:
-        objective: on the meta device; its weights become fake ones.
+        objective: on the meta device; its weights become fake ones, so it can be counted once.
         batch: one process's, of the meta device, as a loader gives it.
         processes: of the run.
         precision: of autocast; float32 does without.
@@ -84,7 +83,6 @@ def count(
     with (
         _processes(processes),
         _as_on_gpu(fused),
-        torch.random.fork_rng(devices=[]),
         mode,
         Meter(weights) as meter,
     ):
@@ -149,25 +147,29 @@ def _fake(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _processes(number: int) -> Iterator[None]:
-    """A process group whose other processes exist in name only."""
-    if number == 1:
+    """Gathers as if there were so many processes, whatever group this one belongs to."""
+
+    def gather(x: Tensor) -> Tensor:
+        return x.detach() if number == 1 else x.new_empty(number * len(x), *x.shape[1:])
+
+    with mock.patch.multiple(
+        distributed,
+        is_distributed=lambda: number > 1,
+        rank=lambda: 0,
+        world_size=lambda: number,
+        gather=gather,
+        all_reduce_=lambda x, op="sum": x,
+    ):
         yield
-        return
-    if dist.is_initialized():
-        raise RuntimeError("a step is counted in a process of its own: start the plan without torchrun")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=number)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @contextmanager
 def _as_on_gpu(fused: bool) -> Iterator[None]:
     changed: dict[str, Any] = {name: _in_float32(getattr(F, name)) for name in FLOAT32}
     changed["scaled_dot_product_attention"] = _fused if fused else _plain
-    drawn = mock.patch.object(torch, "randint", lambda *args, **options: 0)  # a seed: no number to be had
-    with mock.patch.multiple(F, **changed), drawn:
+    # Dropout's seed: there is no number to be had, and the process's own generators stay as they are.
+    seeds: dict[str, Any] = {"randint": lambda *args, **options: 0, "manual_seed": lambda seed: None}
+    with mock.patch.multiple(F, **changed), mock.patch.multiple(torch, **seeds):
         yield
 
 
@@ -218,8 +220,3 @@ def _plain(
         scores = scores + torch.zeros_like(attn_mask, dtype=scores.dtype)
     weights = F.dropout(F.softmax(scores, -1), dropout_p)
     return torch.matmul(_narrow(weights), value)
-
-
-def parameters(module: nn.Module, trained: bool) -> int:
-    """How many numbers a module trains, or keeps frozen."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad == trained)

@@ -76,6 +76,13 @@ def find(source: str) -> Path | None:
         return None
 
 
+def advice(source: str) -> str:
+    """How to get a source that is not here, where it is on the Hub; else ""."""
+    repo_id = ENCODERS.get(source, source)
+    folder = repo_id.startswith(("weights/", "runs/")) or not re.fullmatch(r"[\w-]+/[\w.-]+", repo_id)
+    return "" if folder else f"; if this is a Hub id: hf download {repo_id}"
+
+
 def load_encoder(source: str) -> Pretrained:
     """A pretrained image encoder.
 
@@ -92,7 +99,7 @@ def load_encoder(source: str) -> Pretrained:
     else:
         folder = find(source)
         if folder is None:
-            raise RecipeError(f"there is no image encoder in {source}, nor in the Hub's cache")
+            raise RecipeError(f"there is no image encoder in {source}{advice(source)}")
         if read_json(folder / "config.json").get("model_type", OURS) == OURS:
             return _vision_transformer(folder)
         found = _auto(folder)
@@ -116,9 +123,10 @@ def _external(source: str) -> Pretrained:
 
 def _vision_transformer(folder: Path) -> Pretrained:
     config = Blip2VisionConfig.from_json_file(folder / "config.json")
-    encoder = VisionTransformer(config)
+    with torch.device("meta"):  # no random weights: the run's seed is for what starts from them
+        encoder = VisionTransformer(config)
     weights = load_file(folder / "model.safetensors")
-    encoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    encoder.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     if not (folder / "preprocessor_config.json").exists():
         return Pretrained(encoder, encoder.embeddings.image_size)
     return Pretrained(encoder, encoder.embeddings.image_size, *_normalization(_settings(folder), folder))

@@ -26,9 +26,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from train import distributed, optim, state
+from train.best import Best
 from train.loader import Batch, Loader
 from train.log import Log, Window
-from train.stop import CollapseError, Flags, NonFiniteError, stop_signals
+from train.stop import Flags, NonFiniteError, stop_signals
 
 Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -72,7 +73,7 @@ class FitConfig:
     probe: str | None = None
     """Metric of the evaluation by which the best weights are kept, in best/; the higher the better."""
     collapse: float = 0.0
-    """Stop when the probe falls below this share of its best: what was learned is being unlearned."""
+    """Stop when the probe stays below this share of its best: what was learned is being unlearned."""
     timeout_minutes: float = 30.0
     """How long a process waits for the others before it gives up."""
     trackers: tuple[str, ...] = ("tensorboard",)
@@ -178,7 +179,7 @@ def fit(
 
     Raises:
         NonFiniteError: a loss or a gradient norm was not finite. The step was not applied, nothing is saved.
-        CollapseError: the probe fell below `config.collapse` of its best.
+        CollapseError: the probe stayed below `config.collapse` of its best.
         SaveError: a state could not be written.
         StateError: `folder` or its state belongs to another run.
     """
@@ -225,7 +226,7 @@ def fit(
         f"{distributed.world_size()} process(es), {device}, {config.precision}"
     )
     window, flags, metrics, rate, stop = Window(), Flags(), dict[str, float](), 0.0, False
-    best = state.best(folder, step) if config.probe else None
+    best = Best(folder, config.probe, config.collapse, step, log.say) if config.probe else None
 
     def due(every: int) -> bool:
         return step > first and (step >= total or stop or (every > 0 and step % every == 0))
@@ -251,7 +252,8 @@ def fit(
             flags.read(everything=True)
             with window.paused():
                 metrics |= log.evaluation(step, _evaluate(evaluate, objective, step, accelerator))
-                best = _judge(config, metrics, best, folder, step, objective, log)
+                if best is not None:
+                    best.judge(step, metrics[f"eval/{best.metric}"], objective)
 
         if due(config.save_every):
             flags.read(everything=True)
@@ -325,33 +327,6 @@ def _backward(model: nn.Module, parts: list[Batch], accelerator: Accelerator) ->
         for name, value in {"loss": loss, **outputs}.items():
             values[name] = values[name] + value.detach() if name in values else value.detach()
     return values
-
-
-def _judge(
-    config: FitConfig,
-    metrics: Mapping[str, float],
-    best: float | None,
-    folder: Path,
-    step: int,
-    objective: nn.Module,
-    log: Log,
-) -> float | None:
-    """Keep the best weights by the probe; returns its best value, and raises where it has collapsed."""
-    if config.probe is None:
-        return best
-    value = metrics[f"eval/{config.probe}"]
-    if best is None or value >= best:
-        state.save_best(folder, step, objective, config.probe, value)
-        return value
-    if value < config.collapse * best:
-        raise CollapseError(
-            f"step {step}: {config.probe} is {value:.4g}, after {best:.4g} at best: the model unlearns to "
-            f"look at the picture. The best weights are in {folder / 'best'}. A lower learning rate, more or "
-            "cleaner data, or fewer steps help; --collapse 0 trains on regardless"
-        )
-    if value < (1 + config.collapse) / 2 * best:
-        log.say(f"warning: {config.probe} has fallen from {best:.4g} to {value:.4g}")
-    return best
 
 
 def _skipped(loader: Loader, device: torch.device) -> dict[str, float]:

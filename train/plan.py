@@ -7,7 +7,7 @@ Everything here is computed, nothing measured. `train.count` takes one whole ste
 without numbers; time follows from its floating-point operations and an assumed share of the GPU's peak (MFU,
 in which recomputed activations count as work). Memory per GPU is the sum of
 
-    frozen weights in their precision (a sharded language model: its share, and two layers collected)
+    frozen weights in their precision (a sharded language model: its share, embeddings, two layers)
     trained weights, 4 bytes; AdamW's two states, 8 bytes; DistributedDataParallel's buckets, 4 bytes each
     the counted peak of the step: pixels, activations, gathered image embeddings, gradients
     10% of that peak for what the allocator wastes, and 2 GB for CUDA, NCCL and cuBLAS: rough allowances
@@ -28,16 +28,15 @@ from typing import Any
 import torch
 import tyro
 
-from train import execution
-from train.count import Counts, count, parameters
+from train.count import Counts, count
 from train.recipes import RECIPES, Execution, Recipe, RecipeError, Shards
-from train.shapes import batch, build
+from train.shapes import batch, build, parts, sizes
 
 PEAK = {
     "a100": 312e12,
     "h100": 989e12,
     "h200": 989e12,
-}  # dense bf16 operations a second, of NVIDIA's data sheets
+}  # dense bf16, of data sheets
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.516}
 RESERVED = 2e9
 WASTE = 0.1
@@ -183,6 +182,7 @@ def plan(
     if best is None:
         raise RecipeError(
             f"{name} does not fit into {gpu_memory:.0f} GB: take GPUs with more memory"
+            + (", or a smaller --micro-batch-size" if recipe.execution.micro_batch_size else "")
             + (", or --language-precision nf4" if recipe.stage == 2 else "")
         )
     chosen, counts, memory = best
@@ -239,7 +239,7 @@ _known: dict[Any, Any] = {}  # what is the same on other machines is counted onc
 
 def _count(recipe: Recipe, chosen: Execution, local: int, world: int) -> Counts:
     same = dataclasses.replace(chosen, shard_language_model=False, workers=0)
-    key = (recipe.start_from, recipe.language_model, str(recipe.qformer), str(same), local, world)
+    key = (*parts(recipe), recipe.max_text_length, recipe.fit.precision, str(same), local, world)
     if key not in _known:
         precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
         _known[key] = count(
@@ -249,30 +249,14 @@ def _count(recipe: Recipe, chosen: Execution, local: int, world: int) -> Counts:
     return _known[key]
 
 
-def sizes(recipe: Recipe) -> dict[str, int]:
-    """How many numbers are trained, and how many are frozen in the image encoder, the language model, and the
-    largest layer of that."""
-    key = (recipe.start_from, recipe.language_model, str(recipe.qformer))
-    if key not in _known:
-        model = build(recipe, Execution()).model
-        language = getattr(model, "language_model", None)
-        layers = execution.blocks(language) if language is not None else []
-        _known[key] = {
-            "trained": parameters(model, trained=True),
-            "vision": parameters(model.vision_model, trained=False),
-            "language": parameters(language, trained=False) if language is not None else 0,
-            "layer": max((parameters(layer, trained=False) for layer in layers), default=0),
-        }
-    return _known[key]
-
-
 def _memory(recipe: Recipe, chosen: Execution, counts: Counts, world: int) -> dict[str, float]:
     numbers = sizes(recipe)
     memory = {"image encoder, frozen": numbers["vision"] * BYTES[chosen.vision_precision]}
     if recipe.stage == 2:
         each = BYTES[chosen.language_precision]
-        split = chosen.shard_language_model
-        share = numbers["language"] / world + 2 * numbers["layer"] if split else numbers["language"]
+        share: float = numbers["language"]
+        if chosen.shard_language_model:
+            share = (share - numbers["ends"]) / world + numbers["ends"] + 2 * numbers["layer"]
         memory["language model, frozen"] = each * share
     return memory | {
         "trained weights, AdamW, buckets": numbers["trained"] * (16.0 if world > 1 else 12.0),
@@ -313,7 +297,7 @@ def row(name: str, nodes: int, memory: int) -> str:
     how = f"{chosen.micro_batch_size} of {local}"
     how += ", recomputing" * chosen.checkpointing + ", LLM sharded" * chosen.shard_language_model
     return (
-        f"| `{name}` | {found.processes} x {memory} GB | {how} | {found.total_memory / 1e9:.1f} "
+        f"| `{name}` | {found.processes} x {memory} GB | {how} | {found.total_memory / 1e9:.0f} "
         f"| {1 / found.seconds:.2f} | {found.days:.1f} | {24 * found.days * found.processes:,.0f} |"
     )
 

@@ -29,10 +29,12 @@ from blip2 import checkpoint
 from blip2.model import Blip2
 from blip2.processing import Processor
 from train import distributed, plan, weights
+from train.best import CollapseError, load_best
 from train.captions import scenes_loader, tokenize_for
+from train.domain import domain
 from train.engine import Evaluate, NonFiniteError, Result, fit, make_accelerator
 from train.execution import prepare
-from train.loader import Loader
+from train.loader import DataError, Loader
 from train.log import say
 from train.objectives import Objective, Stage1, Stage2
 from train.plan import work_per_pair
@@ -42,7 +44,9 @@ from train.smoke import smoke
 from train.start import finished
 from train.start import start as start_model
 from train.state import SaveError, StateError
-from train.stop import CollapseError, stop_signals
+from train.stop import stop_signals
+
+EVALUATED, EVALUATED_BATCHES = 256, 16  # pairs in a batch of the evaluation, and batches at most
 
 
 def start(recipe: Recipe) -> tuple[Objective, Processor]:
@@ -93,6 +97,43 @@ def _answers(recipe: Recipe, processor: Processor) -> Evaluate:
     return evaluate
 
 
+def _data(recipe: Recipe, processor: Processor) -> tuple[Callable[..., Loader], int]:
+    """Makes loaders of a split, of this process's rows or of all (`shared`); and how many to evaluate."""
+    data, size, execution = recipe.data, processor.image_size, recipe.execution
+    tokenize = tokenize_for(
+        processor.tokenizer, processor.family, recipe.max_text_length, recipe.whole_captions, processor.end
+    )
+    pixels: dict[str, Any] = {"mean": processor.mean, "std": processor.std}
+    if isinstance(data, Scenes):
+        if data.image_size != size:
+            raise RecipeError(
+                f"data.image_size is {data.image_size}, the image encoder takes {size}: make them equal"
+            )
+        seed = recipe.fit.seed
+
+        def scenes(split: str = "train", shared: bool = False) -> Loader:
+            start = seed if split == "train" else 0
+            return scenes_loader(
+                data, tokenize, recipe.batch_size, seed=start, split=split, shared=shared, **pixels
+            )
+
+        return scenes, data.num_validation // recipe.batch_size
+
+    from train.data import shards_loader  # energon takes seconds to import
+
+    def shards(split: str = "train", shared: bool = False) -> Any:
+        part: dict[str, Any] = {"rank": 0, "world_size": 1} if shared else {}
+        batch_size = recipe.batch_size
+        if split == "validation":
+            part["workers"], batch_size = 0, min(batch_size, EVALUATED - EVALUATED % distributed.world_size())
+        return shards_loader(
+            data, tokenize, batch_size, image_size=size, seed=recipe.fit.seed, split=split,
+            **{"workers": execution.workers} | part, **pixels,
+        )  # fmt: skip
+
+    return shards, min(len(shards("validation")), EVALUATED_BATCHES)
+
+
 def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool] | None = None) -> Result:
     """Train a recipe, or go on with it, and save the finished model in `recipe.output`/model.
 
@@ -108,8 +149,8 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
         SaveError: a state could not be written.
     """
     if lacking := recipe.missing():
-        raise RecipeError(f"{name} cannot start; it lacks\n" + "\n".join(f"  - {line}" for line in lacking))
-    assert isinstance(recipe.data, Scenes)
+        lines = [f"{name} cannot start; it lacks", *(f"  - {line}" for line in lacking)]
+        raise RecipeError("\n".join([*lines, weights.hint(recipe, name)]).rstrip())
     if recipe.execution.threads is not None:
         torch.set_num_threads(recipe.execution.threads)
     output = Path(recipe.output)
@@ -126,30 +167,20 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
     distributed.seed_everything(recipe.fit.seed)  # of new weights; DDP sends rank 0's to all
     objective, processor = start(recipe)
     prepare(objective, recipe.execution, accelerator.device)
-    scenes, size = recipe.data, recipe.batch_size
-    tokenize = tokenize_for(
-        processor.tokenizer, processor.family, recipe.max_text_length, recipe.whole_captions, processor.end
-    )
-    if scenes.image_size != processor.image_size:
-        raise RecipeError(
-            f"data.image_size is {scenes.image_size}, the image encoder takes {processor.image_size}: make "
-            "them equal"
-        )
-    load = partial(scenes_loader, scenes, tokenize, size, mean=processor.mean, std=processor.std)
+    load, batches = _data(recipe, processor)
     held_out = partial(load, split="validation")
-    batches = scenes.num_validation // size
     evaluations: list[Evaluate] = [
         mean_losses(held_out, batches),
         Probe(processor, partial(held_out, shared=True), batches, output),
     ]
-    if recipe.stage == 2 and scenes.num_asked:
+    if recipe.stage == 2 and isinstance(recipe.data, Scenes) and recipe.data.num_asked:
         evaluations.append(_answers(recipe, processor))
     # On a CPU plain attention is the faster for short sequences: 1.4 times in bf16 without dropout.
     plain = sdpa_kernel(SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext()
     with plain:
         result = fit(
             objective,
-            load(seed=recipe.fit.seed),
+            load(),
             recipe.fit,
             output,
             run={"recipe": name, **dataclasses.asdict(recipe)},
@@ -161,6 +192,8 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
             work=work_per_pair(recipe, distributed.world_size(), accelerator.device),
         )
     if result.finished and distributed.rank() == 0:
+        if recipe.save == "best":
+            say(f"the best weights are those of step {load_best(output, objective)}")
         trained: Any = objective.model
         model, reader = finished(recipe, trained)
         checkpoint.save(model, processor, output / "model")
@@ -173,30 +206,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     flags, rest = _take_flags(arguments)
     machines, rest = plan.take_options(rest) if flags.plan else ({}, rest)
-    choices = {name: (make.__doc__ or "", make()) for name, make in RECIPES.items()}
-    recipe = tyro.extras.overridable_config_cli(
-        choices,
-        prog="python -m train.pretrain",
-        description=FLAGS,
-        args=rest,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
-    )
-    name = rest[0]
+    recipes = {name: (make.__doc__ or "", make()) for name, make in RECIPES.items()}
+    name = next((word for word in rest if word in recipes), "")
     try:
+        if name and flags.smoke:
+            recipes[name] = (recipes[name][0], smoke(recipes[name][1], name))
+        if name and flags.folder is not None:
+            recipes[name] = (recipes[name][0], domain(recipes[name][1], flags.folder))
+        recipe = tyro.extras.overridable_config_cli(
+            recipes,
+            prog="python -m train.pretrain",
+            description=FLAGS,
+            args=rest,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
+        )
         if flags.plan:
             print(plan.plan(recipe, name, **machines))
             return 0
         if flags.fetch:
             weights.fetch(recipe)
             return 0
-        if flags.smoke:
-            recipe = smoke(recipe, name)
         with stop_signals() as stop_requested:
             result = run(recipe, name, stop_requested)
     except (RecipeError, StateError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (NonFiniteError, CollapseError, SaveError, OSError) as error:
+    except (NonFiniteError, CollapseError, SaveError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
@@ -216,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 FLAGS = """Train a recipe; the same command goes on after a stop. Besides the recipe's own settings:
 --plan prints memory, speed, days and the command for some GPUs (--gpus --nodes --gpu-memory --gpu --mfu);
 --fetch downloads and checks the weights that the recipe starts from;
+--folder FOLDER trains on your own pictures: shards, or a .csv or .jsonl of images and captions;
 --smoke runs it end to end on drawn scenes, with small parts, in about five minutes."""
 
 
@@ -223,6 +259,7 @@ def _take_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--plan", "--fetch", "--smoke"):
         parser.add_argument(name, action="store_true")
+    parser.add_argument("--folder")
     return parser.parse_known_args(arguments)
 
 

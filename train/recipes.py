@@ -10,10 +10,13 @@ Sources beside numbers: [P] the paper (arXiv 2301.12597v3); [A] its authors in t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+import tyro
 
 from train.engine import FitConfig
 
@@ -62,18 +65,81 @@ class Scenes:
 
 
 @dataclass(frozen=True)
+class Source:
+    """How one data set's images and captions become samples; the defaults are those of pre-training [C]."""
+
+    max_words: int = 50
+    """A caption ends after so many; `max_text_length` of the recipe then counts tokens."""
+    clean: bool = True
+    """Captions in lower case and without most signs (`train.transforms.clean_caption`)."""
+    prefix: str = ""
+    """Put before every caption, after cleaning; a blank at its end is yours to add."""
+    flip: float = 0.5
+    """Chance of a mirror image; 0 wherever captions tell left from right."""
+    crop: float = 0.5
+    """Least share of a picture that a random crop keeps; 1 keeps all of it, wherever captions count things or
+    tell where they are."""
+    mean: tuple[float, float, float] | None = None
+    """Of the channels, in [0, 1]; None takes the image encoder's."""
+    std: tuple[float, float, float] | None = None
+    """Likewise."""
+    decoder: str | None = None
+    """"module:function" that turns the bytes of an image file into an RGB PIL image; None opens the common
+    formats (`blip2.images.open_image`). It raises ValueError for what it cannot read."""
+
+    def __post_init__(self) -> None:
+        if self.max_words < 1:
+            raise RecipeError(f"max_words is {self.max_words}; a caption has at least 1")
+        if not 0 <= self.flip <= 1:
+            raise RecipeError(f"flip is {self.flip}; it is a chance, 0 to 1")
+        if not 0 < self.crop <= 1:
+            raise RecipeError(f"crop is {self.crop}; it is a share, above 0 to 1")
+        if self.decoder is not None and self.decoder.count(":") != 1:
+            raise RecipeError(f"decoder is {self.decoder!r}; write it as module:function")
+
+
+@dataclass(frozen=True)
 class Shards:
-    """Folders of image-text tar shards, mixed by weight."""
+    """Folders of image-text tar shards, mixed by weight; `python -m train.data prepare` makes them."""
 
     weights: Mapping[str, float]
-    """Folder to its share of the samples."""
+    """Folder (or msc:// address) to its share of the samples; the shares need not add up to 1."""
+    settings: tyro.conf.Suppress[Mapping[str, Source]] = field(default_factory=dict)
+    """Folder to how it is read; folders that are not named are read as `Source()` says."""
+    validation: tuple[str, ...] = ()
+    """Folders whose validation split the evaluation reads; none means those of `weights` that have one."""
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise RecipeError("the data names no folder of shards; it takes at least one")
+        if wrong := [f"{folder}: {weight}" for folder, weight in self.weights.items() if not weight > 0]:
+            raise RecipeError(f"weights of shards must be above 0; {', '.join(wrong)}")
+        if unknown := sorted(self.settings.keys() - self.weights.keys() - set(self.validation)):
+            raise RecipeError(f"settings name folders that the data does not have: {', '.join(unknown)}")
 
     def missing(self) -> list[str]:
-        empty = [folder for folder in self.weights if not any(Path(folder).glob("**/*.tar"))]
         return [
-            *(f"image-text shards: no .tar file in {folder}" for folder in empty),
-            "a reader of image-text shards: this version trains on drawn scenes only",
+            line for folder in {**self.weights, **dict.fromkeys(self.validation)} for line in _lacking(folder)
         ]
+
+
+def _lacking(folder: str) -> list[str]:
+    if "://" in folder:  # the loader asks the store itself
+        return []
+    root, what = Path(folder), "image-text shards:"
+    if not any(root.glob("**/*.tar")):
+        return [f"{what} no .tar file in {folder}; docs/data.md says how to fetch and prepare each data set"]
+    info = root / ".nv-meta" / ".info.json"
+    if not (info.exists() and (root / ".nv-meta" / "dataset.yaml").exists()):
+        return [
+            f"{what} {folder} is not prepared; run `python -m train.data prepare img2dataset {folder}` for a "
+            "folder that img2dataset wrote, else the command that began it"
+        ]
+    lost = [name for name in json.loads(info.read_text())["shard_counts"] if not (root / name).exists()]
+    if lost:
+        shown = ", ".join(lost[:3])
+        return [f"{what} {len(lost)} shard(s) of {folder} are gone, such as {shown}; restore or prepare them"]
+    return []
 
 
 @dataclass(frozen=True)
@@ -105,14 +171,16 @@ class Recipe:
 
     stage: Literal[1, 2]
     start_from: str
-    """Stage 1: a pretrained image encoder: folder, Hub id, or "module:function" (see `train.encoders`).
-    Stage 2: folder of a finished stage-1 model."""
+    """Stage 1: a pretrained image encoder: folder, Hub id, or "module:function" (see `train.encoders`); or a
+    stage-1 model, to train on. Stage 2: folder of a finished stage-1 model."""
     data: Scenes | Shards
     batch_size: int
     """Image-text pairs a step, over all processes."""
     fit: FitConfig
     output: str
-    """Run folder: config.json, log.jsonl, states/, and model/ in the end."""
+    """Run folder: config.json, log.jsonl, samples/, states/, best/, and model/ in the end."""
+    save: Literal["last", "best"] = "last"
+    """Whether model/ gets the last weights, or those with the best probe (`fit.probe`)."""
     tokenizer: str | None = None
     """Stage 1: folder of the Q-Former's word pieces; None takes the drawn world's."""
     bert: str | None = None
@@ -143,6 +211,8 @@ class Recipe:
             raise RecipeError("objectives is empty; stage 1 trains at least one of itc, itm, itg")
         if not 0 <= self.whole_captions <= 1:
             raise RecipeError(f"whole_captions is {self.whole_captions}; it is a chance, 0 to 1")
+        if self.save == "best" and self.fit.probe is None:
+            raise RecipeError('save is "best", but fit.probe names no metric to tell by: retrieval or cider')
         if self.batch_size < 2:
             raise RecipeError(f"batch_size is {self.batch_size}; ITC and ITM compare at least 2 pairs")
 
@@ -155,7 +225,13 @@ class Recipe:
             ("BERT weights", self.bert),
             ("a language model", self.language_model),
         ]
-        lacking = [f"{what}: there is none in {path}" for what, path in named if path and not _filled(path)]
+        from train.encoders import advice
+
+        lacking = [
+            f"{what}: there is none in {path}{advice(path)}"
+            for what, path in named
+            if path and not _filled(path)
+        ]
         return lacking + self.data.missing()
 
 
@@ -205,6 +281,8 @@ def _paper_stage1(encoder: str, batch_size: int) -> Recipe:
             warmup_steps=2_000,  # [P 3.4]; the public configuration warms up for 5,000 [C]
             weight_decay=0.05,  # [P 3.4]
             betas=(0.9, 0.98),  # [P 3.4]; the public configuration leaves 0.999 [C]
+            eval_every=5_000,
+            probe="retrieval",
         ),
         output=f"runs/stage1-{encoder}",
         execution=_PAPER,
@@ -235,6 +313,9 @@ def _paper_stage2(language_model: str, batch_size: int, encoder: str = "vitg") -
             warmup_steps=2_000,  # [P 3.4]
             weight_decay=0.05,  # [P 3.4]
             betas=(0.9, 0.98),  # [P 3.4]
+            eval_every=2_000,
+            probe="cider",
+            collapse=2 / 3,  # LAVIS issue 407: CIDEr fell from 110 to 55 to 1 while the loss looked well
         ),
         output=f"runs/stage2-{language_model}" + ("" if encoder == "vitg" else f"-{encoder}"),
         execution=_PAPER,
@@ -298,6 +379,7 @@ def scenes_stage1() -> Recipe:
             log_every=20,
             eval_every=200,
             save_every=200,
+            probe="retrieval",
         ),
         output="runs/scenes/stage1",
         execution=Execution(threads=1),
@@ -323,6 +405,8 @@ def _scenes_stage2(language_model: str, output: str, steps: int, max_minutes: fl
             log_every=20,
             eval_every=400,
             save_every=400,
+            probe="cider",
+            collapse=2 / 3,
         ),
         output=output,
         execution=Execution(threads=1),

@@ -20,7 +20,7 @@ from blip2.presets import PRESETS
 from train import distributed
 from train.recipes import RECIPES, Recipe, Scenes
 
-STEPS, MINUTES, PAIRS = 600, 3.5, 48
+STEPS, MINUTES, PAIRS, SCENES = 600, 3.5, 48, 20_000
 
 
 def smoke(recipe: Recipe, name: str, folder: Path = Path("runs/smoke")) -> Recipe:
@@ -57,7 +57,7 @@ def smoke(recipe: Recipe, name: str, folder: Path = Path("runs/smoke")) -> Recip
     changes: dict[str, Any] = stage1 if recipe.stage == 1 else stage2
     return dataclasses.replace(
         recipe,
-        data=Scenes(num_scenes=20_000, num_validation=192, telling=recipe.stage == 1),
+        data=Scenes(num_scenes=SCENES, num_validation=192, telling=recipe.stage == 1),
         tokenizer=None, bert=None, encoder=None, max_text_length=26, batch_size=PAIRS,
         fit=fit, execution=execution, output=str(folder / name), **changes,
     )  # fmt: skip

@@ -28,7 +28,7 @@ from blip2.config import config_class
 from blip2.convert import qformer_from_bert
 from blip2.encoders import import_encoder, registered
 from blip2.language import Manners
-from blip2.layout import readers
+from blip2.layout import MODEL_TYPES, read_json, readers
 from blip2.model import Blip2
 from blip2.processing import Family, Processor
 from blip2.qformer import QFormer
@@ -108,8 +108,6 @@ def attach_language_model(
             f"layers of type {', '.join(sorted(other_layers))}" if other_layers else "no single hidden_size"
         )
         raise RecipeError(f"{name}: this language model has {what}; decoders of plain attention and T5 work")
-    if tokenizer.pad_token is None:  # the mask, not the token, tells what is padding
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.decode([_first(text.eos_token_id)])
     if text.is_encoder_decoder:
         text.bos_token_id = text.eos_token_id
     else:
@@ -153,6 +151,8 @@ def _teach_manners(
         raise RecipeError(f"{name}: {error}") from error
     if not manners.is_chat:
         tokenizer.chat_template = None  # its presence says that questions are framed by it
+    if tokenizer.pad_token is None:  # the mask, not the token, tells what is padding
+        tokenizer.pad_token = tokenizer.eos_token or manners.end
     text: Any = language_model.config
     ends = list(manners.ends) if len(manners.ends) > 1 else manners.ends[0]
     if text.model_type != "opt":
@@ -189,6 +189,14 @@ def start(recipe: Recipe, stored: bool = False) -> tuple[Model, Processor]:
 
 
 def _start_stage1(recipe: Recipe) -> tuple[Blip2Representation, Processor]:
+    folder = find(recipe.start_from)
+    if folder is not None and read_json(folder / "config.json").get("model_type") in MODEL_TYPES:
+        loaded = checkpoint.load(folder, precision="float32", device="cpu")
+        if not isinstance(loaded.model, Blip2Representation):
+            raise RecipeError(
+                f"{folder} is a stage-2 model; stage 1 starts from an encoder, or a stage-1 model"
+            )
+        return loaded.model, loaded.processor
     if recipe.tokenizer is None:
         from train.scenes.text import build_tokenizer
 
@@ -219,9 +227,12 @@ def _start_stage2(recipe: Recipe, stored: bool) -> tuple[Blip2, Processor]:
         raise RecipeError(f"{recipe.start_from} is no stage-1 model; stage 2 starts from one")
     assert recipe.language_model is not None
     source = find(recipe.language_model) or recipe.language_model
-    tokenizer = AutoTokenizer.from_pretrained(source)
     precision = "stored" if stored else recipe.execution.language_precision
-    language_model = load_language_model(source, precision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        language_model = load_language_model(source, precision)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{recipe.language_model}: {' '.join(str(error).split())[:400]}") from error
     model = attach_language_model(loaded.model, language_model, tokenizer, recipe.frame)
     seen = loaded.processor
     family: Family = "opt" if model.is_decoder_only else "t5"
@@ -243,7 +254,7 @@ def load_language_model(source: Any, precision: str = "float32") -> PreTrainedMo
             "stored", that of the files.
 
     Raises:
-        RecipeError: int8 or nf4 without bitsandbytes.
+        ValueError: transformers has no such decoder or T5; or int8 or nf4 without bitsandbytes.
     """
     config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -251,10 +262,7 @@ def load_language_model(source: Any, precision: str = "float32") -> PreTrainedMo
         return family.from_pretrained(source, dtype=checkpoint.DTYPES.get(precision, "auto"))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     dtype = checkpoint.DTYPES[checkpoint.half_precision(torch.device(device), config.model_type)]
-    try:
-        options = checkpoint.quantization(precision, dtype, _awkward(family, config, device))
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+    options = checkpoint.quantization(precision, dtype, _awkward(family, config, device))
     return family.from_pretrained(source, dtype=dtype, quantization_config=options, device_map={"": device})
 
 

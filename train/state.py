@@ -2,7 +2,6 @@
 
     RUN/config.json                      the resolved configuration; a folder belongs to one run
     RUN/log.jsonl                        one line per logged step
-    RUN/best/                            weights.safetensors of the best probe so far, best.json
     RUN/states/step-00000500/
         weights.safetensors              the parameters that require a gradient, and only those
         state.pt                         optimizer, progress, and per rank: random generators, loader position
@@ -199,37 +198,6 @@ def _write(final: Path, weights: dict[str, torch.Tensor], rest: dict[str, Any], 
         doomed = old.parent / f".{old.name}.old"  # renamed first: half deleted it must not look complete
         old.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def save_best(folder: Path, step: int, module: nn.Module, metric: str, value: float) -> None:
-    """Keep the trainable weights as the best so far, with what they are the best by; rank 0 writes."""
-    if distributed.rank() == 0:
-        temporary, final = folder / ".best.tmp", folder / "best"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        weights = {k: p.detach().contiguous() for k, p in trainable(module).items()}
-        save_file(weights, temporary / "weights.safetensors")
-        known = {"step": step, "metric": metric, "value": value}
-        (temporary / "best.json").write_text(json.dumps(known) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-
-
-def best(folder: Path, step: int) -> float | None:
-    """The best value of the probe up to `step`, if there is one."""
-    path = folder / "best" / "best.json"
-    found = json.loads(path.read_text()) if path.exists() else None
-    return found["value"] if found and found["step"] <= step else None
-
-
-def load_best(folder: Path, module: nn.Module) -> int:
-    """Restore the best weights into `module`; returns their step."""
-    weights = load_file(folder / "best" / "weights.safetensors")
-    with torch.no_grad():
-        for name, parameter in trainable(module).items():
-            parameter.copy_(weights[name])
-    step: int = json.loads((folder / "best" / "best.json").read_text())["step"]
-    return step
 
 
 def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -20,10 +20,6 @@ class NonFiniteError(RuntimeError):
     """A loss or a gradient norm was not finite; the message names the samples."""
 
 
-class CollapseError(RuntimeError):
-    """What a model could do it can do no more, though its loss may still fall."""
-
-
 SAME_REQUEST = 5.0  # seconds in which another signal is the same request, passed on by a launcher
 PARENT_EVERY = 1.0  # seconds between looks at the parent
 ORPHAN_ENDS = 300.0  # seconds that a run may take to save once its parent is gone; then it ends without

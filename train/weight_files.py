@@ -139,16 +139,16 @@ def write_text_model(
 
 
 def _check_language_model(shapes: dict[str, torch.Size], config: Any, source: Path) -> None:
-    """Every parameter of the language model has come, up to prefixes and tied copies."""
+    """Every parameter of the language model has come; tied ones once, and older files leave prefixes out."""
     family = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        expected = {name: value.shape for name, value in family.from_config(config).state_dict().items()}
+        model = family.from_config(config)
+    expected = {name: value.shape for name, value in model.named_parameters()}
+    # transformers 5 builds T5 tied in any case; that it does not scale its outputs tells that it is not
+    if not getattr(config, "scale_decoder_outputs", config.tie_word_embeddings):
+        expected["lm_head.weight"] = model.get_output_embeddings().weight.shape
     found = {name.removeprefix("model."): shape for name, shape in shapes.items()}
-    lacking = {
-        name: shape for name, shape in expected.items()
-        if found.get(name.removeprefix("model.")) != shape
-        and not name.endswith(("embed_tokens.weight", "lm_head.weight"))
-    }  # fmt: skip
+    lacking = [name for name, shape in expected.items() if found.get(name.removeprefix("model.")) != shape]
     if lacking:
         raise CheckpointError(
             f"{source}: {len(lacking)} tensors missing or of another shape: {', '.join(sorted(lacking)[:5])}"

@@ -32,6 +32,7 @@ from blip2.convert import convert
 from blip2.download import download
 from blip2.errors import CheckpointError
 from blip2.presets import EVA, OPT_LICENSE, OPT_SIZES, OPT_TEXT, T5_SIZES, T5_TEXT
+from train.encoders import ENCODERS, find
 from train.recipes import RECIPES, Recipe, RecipeError
 from train.weight_files import write_text_model, write_vision
 
@@ -51,7 +52,8 @@ class Weights:
         gigabytes: to download, about.
         license: what may be done with it.
         config: the sizes of an image encoder or a language model, which are known without any download.
-        precision: that its weights are stored in; None leaves them as they come.
+        precision: that its weights are stored in, the paper's for language models; None leaves them as they
+            come.
         parts: other weights that go into it, by name.
     """
 
@@ -108,11 +110,11 @@ WEIGHTS = {
         Weights("bert-base-uncased", "BERT-base and its word pieces", "bert", BERT, 0.4, "Apache-2.0."),
         Weights(
             "opt-2.7b", "OPT-2.7B", "language", "facebook/opt-2.7b", 5.3, OPT_LICENSE.split(" The")[0],
-            _opt(2560, 10240, 32, 32), torch.bfloat16,
+            _opt(2560, 10240, 32, 32), torch.float16,
         ),
         Weights(
             "opt-6.7b", "OPT-6.7B", "language", "facebook/opt-6.7b", 13.3, OPT_LICENSE.split(" The")[0],
-            _opt(4096, 16384, 32, 32), torch.bfloat16,
+            _opt(4096, 16384, 32, 32), torch.float16,
         ),
         Weights(
             "flan-t5-xl", "Flan-T5-XL", "language", "google/flan-t5-xl", 11.4, T5,
@@ -142,10 +144,28 @@ def wanted(recipe: Recipe) -> dict[Path, Weights]:
             add(folder.parent / part)
         found.setdefault(folder, WEIGHTS[folder.name])
 
-    for named in (recipe.start_from, recipe.bert, recipe.tokenizer, recipe.language_model):
-        if named is not None and Path(named).name in WEIGHTS and Path(named).parent.name == "weights":
+    for named in _named(recipe):
+        if Path(named).name in WEIGHTS and Path(named).parent.name == "weights":
             add(Path(named))
     return found
+
+
+def on_the_hub(recipe: Recipe) -> list[str]:
+    """What a recipe names by its Hub id, such as another encoder, and the cache does not have."""
+    ids = [name for name in _named(recipe) if re.fullmatch(r"[\w.-]+/[\w.-]+", name)]
+    return [
+        name for name in ids if not Path(Path(name).parts[0]).is_dir() and not _local(name) and not find(name)
+    ]
+
+
+def _local(name: str) -> bool:
+    return Path(name).parts[0] in (".", "..", "~", "weights", "runs", "data")
+
+
+def _named(recipe: Recipe) -> list[str]:
+    """The sources of a recipe, each once; an encoder's short name is spelled out."""
+    named = (recipe.start_from, recipe.bert, recipe.tokenizer, recipe.language_model)
+    return list(dict.fromkeys(ENCODERS.get(name, name) for name in named if name is not None))
 
 
 def is_there(folder: Path) -> bool:
@@ -175,17 +195,26 @@ def fetch(recipe: Recipe, say: Say = print) -> list[Path]:
         say(f"{folder}: {weights.what}, {weights.gigabytes} GB from {weights.source}. {weights.license}")
     if lacking:
         _check_room(lacking)
-    for folder, weights in lacking.items():
-        try:
-            fill(folder, weights, say)
-        except CheckpointError as error:
-            raise RecipeError(f"{folder} cannot be had: {error}") from error
-    if recipe.stage == 2 and not Path(recipe.start_from).is_dir():
+    place: str | Path = ""
+    try:
+        for place, weights in lacking.items():
+            fill(place, weights, say)
+        for place in on_the_hub(recipe):
+            say(f"{place} is in the Hub's cache: {download(place)}")
+    except CheckpointError as error:
+        raise RecipeError(f"{place} cannot be had: {error}") from error
+    if recipe.stage == 2 and find(recipe.start_from) is None:
         say(
             f"{recipe.start_from} comes from stage 1, which has to run first; or start from LAVIS's: "
             "--start-from weights/stage1-vitg"
         )
     return list(folders)
+
+
+def hint(recipe: Recipe, name: str) -> str:
+    """What to type to have the weights that a recipe lacks; empty if that would bring none."""
+    lacking = [folder for folder in wanted(recipe) if not is_there(folder)]
+    return f"python -m train.pretrain {name} --fetch" if lacking or on_the_hub(recipe) else ""
 
 
 def _check_room(lacking: dict[Path, Weights]) -> None:

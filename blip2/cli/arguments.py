@@ -194,8 +194,8 @@ def _add_style(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--style",
         choices=STYLES,
-        help="'Question: ... Answer:' (a chat model's frame is its template), '... Short answer:', or the text "
-        "as it is; default: the model's own",
+        help="'Question: ... Answer:' (chat models: their own frame), '... Short answer:', or the text as it "
+        "is; default: the model's own",
     )
     parser.add_argument(
         "--describe",

@@ -117,12 +117,14 @@ def describe(args: argparse.Namespace, console: Console) -> int:
         document |= _preset_document(preset)
     parts = _parts(model, stored)
     parts["image encoder"] += external
+    trainable = _trainable(model)
+    trainable["fine-tuning"] += external
     parameters = sum(parts.values())
     shares = _memory_shares(model)
     document |= {
         "parameters": parameters,
         "parts": parts,
-        "trainable": _trainable(model),
+        "trainable": trainable,
         "sizes": _sizes(config, stage1),
         "readers": readers(config),
         "memory": {precision: memory(parameters, *shares, precision) for precision in PRECISIONS},

@@ -1,0 +1,201 @@
+"""Annotation files as their publishers lay them out -> one `Record` per image.
+
+COCO, Flickr30k, NoCaps, VQAv2, Visual Genome, and tables of one's own. No image is opened here.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")  # endings of a sample's image
+
+
+class AnnotationError(ValueError):
+    """An annotation file that is not laid out as expected."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image with all that is said of it."""
+
+    key: str
+    """Unique; without dots, which end a sample's name in a shard."""
+    image: tuple[Path, ...]
+    """Where the image may be; the first that exists is taken."""
+    captions: tuple[str, ...] = ()
+    part: str = "train"
+    """train, val or test."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Further entries of the sample's json, such as questions."""
+
+
+def _load(path: Path, *needed: str) -> Any:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AnnotationError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise AnnotationError(f"{path} is no JSON ({error}); download it again") from error
+    if lacking := [name for name in needed if not isinstance(data, dict) or name not in data]:
+        raise AnnotationError(f"{path} has no {' and no '.join(map(repr, lacking))}: another kind of file")
+    return data
+
+
+def karpathy(path: Path, images: Path) -> Iterator[Record]:
+    """dataset_coco.json or dataset_flickr30k.json of Karpathy's splits; COCO's restval is train."""
+    for image in _load(path, "images", "dataset")["images"]:
+        name = image["filename"]
+        yield Record(
+            key=Path(name).stem,
+            image=(images / image.get("filepath", "") / name, images / name),
+            captions=tuple(sentence["raw"] for sentence in image["sentences"]),
+            part="train" if image["split"] == "restval" else image["split"],
+            extra={"image_id": image.get("cocoid", image["imgid"])},
+        )
+
+
+def coco_captions(path: Path, images: Path, part: str) -> Iterator[Record]:
+    """captions_train2017.json and its like, and NoCaps, whose images also name their domain."""
+    data = _load(path, "images", "annotations")
+    captions = defaultdict(list)
+    for annotation in sorted(data["annotations"], key=lambda a: a["id"]):
+        captions[annotation["image_id"]].append(annotation["caption"])
+    for image in data["images"]:
+        name = image["file_name"]
+        extra = {k: image[k] for k in ("domain", "open_images_id") if k in image}
+        yield Record(
+            key=Path(name).stem,
+            image=(images / name,),
+            captions=tuple(captions[image["id"]]),
+            part=part,
+            extra={"image_id": image["id"], **extra},
+        )
+
+
+def vqa(questions: Path, annotations: Path | None, images: Path, part: str) -> Iterator[Record]:
+    """v2_OpenEnded_mscoco_*_questions.json with its annotations; a test split has none.
+
+    All questions of an image are in one record, under "questions": question_id, question and, where there are
+    annotations, question_type, answer_type, multiple_choice_answer and the ten `answers`.
+    """
+    data = _load(questions, "questions", "data_subtype")
+    answers = {}
+    if annotations is not None:
+        answers = {a["question_id"]: a for a in _load(annotations, "annotations")["annotations"]}
+        if unanswered := [q for q in data["questions"] if q["question_id"] not in answers]:
+            raise AnnotationError(
+                f"{annotations} lacks {len(unanswered)} of the questions of {questions}: of another split?"
+            )
+    asked = defaultdict(list)
+    for question in data["questions"]:
+        entry = {name: question[name] for name in ("question_id", "question")}
+        if found := answers.get(question["question_id"]):
+            for name in ("question_type", "answer_type", "multiple_choice_answer"):
+                entry[name] = found[name]
+            entry["answers"] = [answer["answer"] for answer in found["answers"]]
+        asked[question["image_id"]].append(entry)
+    folder = data["data_subtype"].replace("test-dev2015", "test2015")
+    for image, entries in asked.items():
+        name = f"COCO_{folder}_{image:012d}.jpg"
+        yield Record(
+            key=Path(name).stem,
+            image=(images / folder / name, images / name),
+            part=part,
+            extra={"image_id": image, "questions": entries},
+        )
+
+
+def visual_genome(path: Path, images: Path, part: str = "train") -> Iterator[Record]:
+    """region_descriptions.json: the phrases of all regions of an image are its captions."""
+    data = _load(path)
+    if not (isinstance(data, list) and data and "regions" in data[0]):
+        raise AnnotationError(f"{path} is no list of images with regions: another kind of file")
+    for image in data:
+        number = image["id"] if "id" in image else image["image_id"]  # as the file has it, as its page says
+        yield Record(
+            key=str(number),
+            image=tuple(images / folder / f"{number}.jpg" for folder in ("VG_100K", "VG_100K_2", "")),
+            captions=tuple(dict.fromkeys(region["phrase"] for region in image["regions"])),
+            part=part,
+            extra={"image_id": number},
+        )
+
+
+def pairs(path: Path, images: Path) -> Iterator[Record]:
+    """One's own .csv or .jsonl: `image` (or `file`), `caption` or `captions`, and `split` if there is one.
+
+    `captions` is a JSON list; in a csv, a cell that holds one. Rows of the same image become one record.
+    """
+    rows: dict[str, tuple[list[str], str]] = {}
+    for number, row in enumerate(_rows(path), 1):
+        name = row.get("image") or row.get("file")
+        if not name:
+            raise AnnotationError(
+                f"{path}, row {number}: no `image` (or `file`); its columns are {list(row)}"
+            )
+        captions = row.get("captions")
+        if isinstance(captions, str):
+            try:
+                captions = json.loads(captions)
+            except ValueError:
+                captions = None
+        if captions is None:
+            captions = [row.get("caption") or ""]
+        if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+            raise AnnotationError(f"{path}, row {number}: `captions` is no JSON list of strings")
+        part = {"validation": "val", "": "train", None: "train"}.get(row.get("split"), row.get("split"))
+        if part not in ("train", "val", "test"):
+            raise AnnotationError(f"{path}, row {number}: split is {part!r}; it is train, val or test")
+        found, its = rows.setdefault(name, ([], part))
+        if its != part:
+            raise AnnotationError(f"{path}, row {number}: {name} is in two splits, {its} and {part}")
+        found.extend(captions)
+    for number, (name, (captions, part)) in enumerate(rows.items()):
+        key = f"{number:08d}"
+        yield Record(key, (images / name,), tuple(captions), part, {"file": name})
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".csv":
+                yield from csv.DictReader(file)
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"line {number} is no object")
+                    yield row
+    except OSError as error:
+        raise AnnotationError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        if isinstance(error, AnnotationError):
+            raise
+        raise AnnotationError(f"{path} is no csv or jsonl ({error})") from error
+
+
+def hold_out(records: Iterable[Record], number: int, seed: int = 0) -> list[Record]:
+    """Move `number` training records, drawn at random, to val."""
+    records = list(records)
+    train = [i for i, record in enumerate(records) if record.part == "train"]
+    if number and number >= len(train):
+        raise AnnotationError(f"--validation {number} leaves nothing of {len(train)} training images")
+    for i in random.Random(seed).sample(train, number):
+        r = records[i]
+        records[i] = Record(r.key, r.image, r.captions, "val", r.extra)
+    return records
+
+
+def one_per_caption(records: Iterable[Record]) -> Iterator[Record]:
+    """A record for each caption, as LAVIS counts COCO: the image recurs about five times in an epoch."""
+    for r in records:
+        for i, caption in enumerate(r.captions):
+            yield Record(f"{r.key}_{i}", r.image, (caption,), r.part, r.extra)
