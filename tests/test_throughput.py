@@ -52,6 +52,7 @@ def small(monkeypatch):
 
     monkeypatch.setattr(shapes, "model_config", lambda recipe: tiny.config(family(recipe)))
     monkeypatch.setattr(plan, "_known", {})
+    monkeypatch.setattr(shapes, "_sizes", {})
 
 
 NAMES = ("stage1-vitg", "stage2-opt-2-7b", "stage2-flan-t5-xl")
@@ -152,6 +153,10 @@ def test_random_weights_keep_precisions_and_ties(small):
     assert model.language_model.lm_head.weight is model.get_input_embeddings().weight
     assert model.language_model.lm_head.weight.dtype == torch.bfloat16
     assert model.vision_model.post_layernorm.weight.dtype == torch.float32
+    flan = trial.build(recipe("stage2-flan-t5-xl"))
+    trial.materialize(flan, torch.device("cpu"))
+    language_model = flan.model.language_model
+    assert language_model.encoder.embed_tokens.weight is language_model.decoder.embed_tokens.weight
     assert all(torch.isfinite(p).all() and not p.is_meta for p in made.parameters())
     assert (model.vision_model.post_layernorm.weight == 1).all() and model.query_tokens.std() > 0.01
 

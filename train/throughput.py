@@ -32,63 +32,19 @@ from unittest import mock
 import psutil
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from train import distributed, objectives, plan, shapes
-from train.count import count, parameters
+from train.count import count
 from train.engine import make_accelerator
 from train.execution import prepare
 from train.objectives import Stage1
 from train.recipes import RECIPES, Recipe, RecipeError
-from train.trial import Trainer, batch, build, expected, materialize
+from train.trial import Clock, Trainer, batch, build, expected, materialize, parameters
 
 WARM_UP, LABELED = 3, 3  # steps before the clock starts; steps in which parts are told apart
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 LIBRARIES = 1.5e9  # bytes that torch and what it loads take on a CPU, about
-
-
-class Clock:
-    """Times on the device's own clock, where it has one, read at the end: nothing waits in between.
-
-    A GPU's queue does not run empty for being measured, and what other threads launch within a span, as the
-    backward pass does, counts.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device, self.spans = device, list[tuple[str, Any, Any]]()
-
-    def now(self) -> Any:
-        """A point in time."""
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    @contextlib.contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Time what is done inside."""
-        began = self.now()
-        with record_function(name):
-            yield
-        self.spans.append((name, began, self.now()))
-
-    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function, timed."""
-
-        def timed(*args: Any, **options: Any) -> Any:
-            with self.span(name):
-                return function(*args, **options)
-
-        return timed
-
-    def read(self) -> dict[str, list[float]]:
-        """Seconds of all spans by name; the device has to be done."""
-        found: dict[str, list[float]] = {}
-        for name, began, ended in self.spans:
-            seconds = began.elapsed_time(ended) / 1000 if self.device.type == "cuda" else ended - began
-            found.setdefault(name, []).append(seconds)
-        return found
 
 
 @contextlib.contextmanager

@@ -8,15 +8,19 @@ Legend: B pairs of this process.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from train import optim, plan, shapes
-from train.count import Counts, parameters
+from train.count import Counts
 from train.engine import _backward, _to
 from train.execution import prepare
 from train.objectives import Objective
@@ -44,10 +48,14 @@ def build(recipe: Recipe, layers: int | None = None) -> Objective:
 @torch.no_grad()
 def materialize(objective: Objective, device: torch.device) -> None:
     """Give a model on the meta device memory, in its precisions, and random numbers of the usual size."""
+    tied: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in objective.named_parameters(remove_duplicate=False):
+        tied.setdefault(parameter, []).append(name)
     objective.to_empty(device=device)
-    language_model = getattr(objective.model, "language_model", None)
-    if language_model is not None:
-        language_model.tie_weights()  # to_empty makes two of one
+    for first, *others in tied.values():  # to_empty makes several of one
+        for other in others:
+            owner, _, name = other.rpartition(".")
+            setattr(objective.get_submodule(owner), name, objective.get_parameter(first))
     for name, parameter in objective.named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=0.02)
@@ -89,6 +97,11 @@ def batch(recipe: Recipe, objective: Objective, rows: int, seed: int = 0) -> dic
     if recipe.stage == 2 and config.use_decoder_only_language_model:
         made["labels"] = made["input_ids"].masked_fill(made["attention_mask"] == 0, -100)
     return made | {"keys": [f"random/{row}" for row in range(rows)]}
+
+
+def parameters(module: nn.Module, trained: bool) -> int:
+    """How many numbers a module trains, or keeps frozen."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad == trained)
 
 
 def expected(recipe: Recipe, objective: Objective, counts: Counts) -> dict[str, float]:
@@ -168,3 +181,47 @@ class Trainer:
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+class Clock:
+    """Times on the device's own clock, where it has one, read at the end: nothing waits in between.
+
+    A GPU's queue does not run empty for being measured, and what other threads launch within a span, as the
+    backward pass does, counts.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.spans = device, list[tuple[str, Any, Any]]()
+
+    def now(self) -> Any:
+        """A point in time."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextlib.contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Time what is done inside."""
+        began = self.now()
+        with record_function(name):
+            yield
+        self.spans.append((name, began, self.now()))
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, timed."""
+
+        def timed(*args: Any, **options: Any) -> Any:
+            with self.span(name):
+                return function(*args, **options)
+
+        return timed
+
+    def read(self) -> dict[str, list[float]]:
+        """Seconds of all spans by name; the device has to be done."""
+        found: dict[str, list[float]] = {}
+        for name, began, ended in self.spans:
+            seconds = began.elapsed_time(ended) / 1000 if self.device.type == "cuda" else ended - began
+            found.setdefault(name, []).append(seconds)
+        return found
