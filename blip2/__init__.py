@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from blip2.chat import Chat
     from blip2.checkpoint import load, save
+    from blip2.encoders import ExternalEncoder, register_encoder
     from blip2.images import open_image
     from blip2.model import Blip2
     from blip2.presets import PRESETS
@@ -24,11 +25,13 @@ __all__ = [
     "Blip2",
     "Blip2Representation",
     "Chat",
+    "ExternalEncoder",
     "Generation",
     "Processor",
     "__version__",
     "load",
     "open_image",
+    "register_encoder",
     "save",
 ]
 
@@ -38,9 +41,11 @@ _HOMES = {
     "Blip2Representation": "representation",
     "Chat": "chat",
     "Generation": "settings",
+    "ExternalEncoder": "encoders",
     "Processor": "processing",
     "load": "checkpoint",
     "open_image": "images",
+    "register_encoder": "encoders",
     "save": "checkpoint",
 }
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import Blip2Config, PreTrainedModel
 from transformers import initialization as init
 
+from .encoders import build_image_encoder
 from .qformer import QFormer, TextEmbeddings
-from .vision import ImageFeatures, PatchEmbeddings, build_image_encoder
+from .vision import ImageFeatures, PatchEmbeddings
 
 
 class Blip2Base(PreTrainedModel):

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import load_file
 from transformers.utils import logging as transformers_logging
 
 from blip2.devices import choose_device
 from blip2.download import Watch, command, download
+from blip2.encoders import CallableEncoder
 from blip2.layout import (
     LEFTOVERS,
     STAGE1_EXTRAS,
@@ -29,6 +31,7 @@ from blip2.layout import (
     describe,
     is_complete,
     read_layout,
+    weight_files,
 )
 from blip2.model import Blip2
 from blip2.novelty import Novelty, UnknownPictureError
@@ -44,7 +47,15 @@ __all__ = ["CheckpointError", "Loaded", "half_precision", "is_available", "load"
 SMALL = 100_000_000  # parameters; below this a model is so quick that "auto" stays exact
 # Heads and bridges are small and matter most; `lm_head` breaks generation when quantized while tied.
 # transformers adds the Q-Former and T5's `wo` (`_keep_in_fp32_modules`).
-UNQUANTIZED = ("lm_head", "language_projection", "vision_projection", "text_projection", "itm_head")
+UNQUANTIZED = (
+    "lm_head",
+    "embed_out",
+    "language_projection",
+    "vision_projection",
+    "text_projection",
+    "itm_head",
+)
+EXTERNAL = "vision_model.external."  # weights of an image encoder that is a callable
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -242,7 +253,7 @@ def _load_model(layout: Layout, precision: str, device: torch.device) -> Blip2 |
     else:
         dtype = DTYPES[half_precision(device, layout.config.text_config.model_type)]
         if not getattr(layout.config, "quantization_config", None):
-            options["quantization_config"] = _quantization(precision, dtype, _awkward(layout, device))
+            options["quantization_config"] = quantization(precision, dtype, _awkward(layout, device))
     with quiet(progress=layout.num_parameters > SMALL):
         model, info = model_class.from_pretrained(
             layout.folder,
@@ -256,9 +267,38 @@ def _load_model(layout: Layout, precision: str, device: torch.device) -> Blip2 |
             output_loading_info=True,
             **options,
         )
+    encoder = model.vision_model
+    if isinstance(encoder, CallableEncoder):
+        info["unexpected_keys"] = {key for key in info["unexpected_keys"] if not key.startswith(EXTERNAL)}
     check_loading(layout, info)
+    if isinstance(encoder, CallableEncoder):
+        _attach(encoder, layout, dtype, device)
     model.config.dtype = dtype
     return model
+
+
+def _attach(encoder: CallableEncoder, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
+    """Bring the callable that an image encoder is, and the weights it was trained with; strict."""
+    try:
+        encoder.attach()
+    except ValueError as error:
+        raise CheckpointError(f"{layout.folder}: {error}") from error
+    stored = {name.removeprefix(EXTERNAL) for name in layout.shapes if name.startswith(EXTERNAL)}
+    module = encoder.external if isinstance(encoder.external, torch.nn.Module) else torch.nn.Module()
+    if stored != set(module.state_dict()):
+        differ = sorted(stored ^ set(module.state_dict()))
+        raise CheckpointError(
+            f"{layout.folder}: the weights of {encoder.config.source} are not those that were saved; "
+            f"{len(differ)} names differ: {_first(differ)}"
+        )
+    weights: dict[str, torch.Tensor] = {}
+    for file in weight_files(layout.folder, layout.variant) if stored else []:
+        weights |= {n.removeprefix(EXTERNAL): t for n, t in load_file(file).items() if n.startswith(EXTERNAL)}
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:  # shapes
+        raise CheckpointError(f"{layout.folder}: {' '.join(str(error).split())}") from error
+    module.to(device=device, dtype=dtype).requires_grad_(False)
 
 
 def _awkward(layout: Layout, device: torch.device) -> list[str]:
@@ -272,7 +312,17 @@ def _awkward(layout: Layout, device: torch.device) -> list[str]:
     ]
 
 
-def _quantization(precision: str, dtype: torch.dtype, awkward: list[str]) -> Any:
+def quantization(precision: str, dtype: torch.dtype, awkward: list[str]) -> Any:
+    """How transformers is told to load in int8 or nf4.
+
+    Args:
+        precision: one of them.
+        dtype: what else is computed in.
+        awkward: layers that stay as they are.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
     try:
         import bitsandbytes  # noqa: F401
         from transformers import BitsAndBytesConfig

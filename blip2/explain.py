@@ -4,8 +4,8 @@ Three measurements that mean what they say and no more. Probabilities are the mo
 being right. Occlusion tells how much less likely the answer becomes when a part is hidden. Query attention
 tells where the Q-Former's queries read; it does not explain an answer.
 
-B images, Q queries, P image tokens (a class token, then the patches row by row), H heads, L cross-attention
-layers, T tokens.
+B images, Q queries, P image tokens (a class token, or several or none, then the patches row by row), H heads,
+L cross-attention layers, T tokens.
 """
 
 import math
@@ -41,8 +41,9 @@ class Token:
 
 
 def _answer_ids(model: Blip2, processor: Processor, answer: str) -> Tensor:
-    """The answer's tokens, int (1, T), as they follow a prompt: in a decoder, after a space."""
-    text = f" {answer}" if model.is_decoder_only else answer
+    """The answer's tokens, int (1, T), as they follow a prompt: in a decoder, after a space or a frame."""
+    spaced = model.is_decoder_only and not processor.has_chat_frame
+    text = f" {answer}" if spaced else answer
     ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise ValueError("the answer is empty: there is nothing to explain")
@@ -199,7 +200,7 @@ def query_attention(
 def attention_map(
     attention: Tensor, layer: int = -1, query: int | None = None, heads: Sequence[int] = ()
 ) -> Tensor:
-    """One picture of `query_attention`: float (B, side, side), the class token left out.
+    """One picture of `query_attention`: float (B, side, side), the class token and its like left out.
 
     Args:
         attention: float (L, B, H, Q, P).
@@ -218,8 +219,8 @@ def attention_map(
             raise ValueError(f"{name} is {value}; allowed: {least} to {most - 1}")
     chosen = attention[layer][:, list(heads) or slice(None)].mean(1)
     chosen = chosen.mean(1) if query is None else chosen[:, query]
-    side = math.isqrt(tokens - 1)
-    return chosen[:, 1:].unflatten(1, (side, side))
+    side = math.isqrt(tokens)  # SigLIP has no token in front of its patches, DINO may have five
+    return chosen[:, tokens - side**2 :].unflatten(1, (side, side))
 
 
 def overlay(picture: Image.Image, weights: Tensor) -> Image.Image:

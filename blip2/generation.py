@@ -56,7 +56,8 @@ class TextCache:
 
     def keep(self, ids: list[int], num_queries: int) -> int:
         """Forget all but the beginning shared with `ids`; returns how many positions it still holds."""
-        if not self.ids:
+        if not self.ids or not ids:  # without text the last query is read for its logits, so all of them are
+            self.ids, self.key_values = [], DynamicCache()
             return 0
         shared = 0
         for old, new in zip(self.ids, ids[:-1], strict=False):  # the last is always read, for its logits
@@ -117,9 +118,11 @@ def decode(
     state: dict[str, Any]
     if model.is_decoder_only:
         cache = cache if cache is not None and len(ids) == 1 else TextCache()
-        inputs = model.bridge.join(soft, ids, mask)
-        embeds = inputs["inputs_embeds"][:, cache.keep(ids[0].tolist(), soft.shape[1]) :]
+        inputs = model.bridge.prompt(soft, ids, mask)
+        kept = cache.keep(ids[0].tolist(), soft.shape[1])
+        embeds = inputs["inputs_embeds"][:, kept:]
         state = {"inputs_embeds": embeds, "past_key_values": cache.key_values, "logits_to_keep": 1}
+        state |= _from(kept, model.bridge.positions(inputs["attention_mask"]))
     else:
         inputs = model.bridge.join(soft, ids, mask)
         start = torch.full_like(ids[:, :1], config.decoder_start_token_id)
@@ -148,9 +151,15 @@ def decode(
         if model.is_decoder_only:
             state = {"input_ids": token[:, None], "past_key_values": cache.key_values}
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            state |= _from(-1, model.bridge.positions(mask))
             unread = [int(token[0])]
         else:
             state["decoder_input_ids"] = token[:, None]
+
+
+def _from(start: int, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor (B, T) from position `start` on."""
+    return {name: part[:, start:] for name, part in parts.items()}
 
 
 def _processors(

@@ -3,15 +3,85 @@
 B batch, Q queries, T text tokens, L LLM width. Decoder-only models (OPT) learn by language modeling,
 encoder-decoder models (Flan-T5) by prefix language modeling: queries and prefix into the encoder, the rest
 out of the decoder.
+
+What a decoder says ends with a token of its own, and a chat model's questions stand in its own frame: see
+`Manners`.
 """
 
+import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
+
+MARK = "BLIP"  # stands for an answer while a chat template is looked at
+
+
+@dataclass(frozen=True)
+class Manners:
+    """How a decoder-only language model ends a text, and how it wants to be asked.
+
+    Attributes:
+        end: what ends a caption, as text: the line break for OPT, as in the released models; a chat model's
+            end of a turn; any other's end of a text.
+        ends: token ids that end an answer; `end`'s is the first.
+        is_chat: whether questions are framed by the tokenizer's chat template.
+    """
+
+    end: str
+    ends: tuple[int, ...]
+    is_chat: bool = False
+
+    @classmethod
+    def of(
+        cls, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, frame: str = "auto"
+    ) -> "Manners":
+        """Find out from the configuration, the tokenizer and its chat template.
+
+        Args:
+            language_model: decoder-only.
+            tokenizer: its own.
+            frame: "chat" for a model that was tuned on its chat template, "question" for one that was not;
+                "auto" decides by whether the end of a turn is among the tokens that end the model's texts,
+                for base models come with the template of their siblings.
+
+        Raises:
+            ValueError: there is no such token, or "chat" without a chat template.
+        """
+        config: Any = language_model.config
+        if config.model_type == "opt":
+            newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+            if len(newline) != 1:
+                raise ValueError(f"the line break that ends its captions is {len(newline)} tokens, not one")
+            return cls("\n", tuple(newline))
+        found = [getattr(language_model.generation_config, "eos_token_id", None), config.eos_token_id]
+        known: dict[int, None] = {}
+        for ids in (*found, tokenizer.eos_token_id):
+            known |= dict.fromkeys(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        turn = None if frame == "question" else end_of_turn(tokenizer)
+        if turn is None and frame == "chat":
+            raise ValueError("its tokenizer has no chat template that ends an answer with a token of its own")
+        is_chat = turn is not None and (frame == "chat" or turn in known)
+        end = turn if is_chat else tokenizer.eos_token_id
+        end = next(iter(known), None) if end is None else end
+        if end is None:
+            raise ValueError("neither its configuration nor its tokenizer names a token that ends a text")
+        return cls(tokenizer.decode([end]), (end, *(other for other in known if other != end)), is_chat)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends an answer in a tokenizer's chat template; None without a template or token."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    ids = tokenizer(text.rpartition(MARK)[2].lstrip(), add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return ids[0] if ids and ids[0] in special else None
 
 
 class Bridge:
@@ -51,6 +121,14 @@ class Bridge:
         """Logits, and the loss where labels (int, -100 for no loss) are given."""
         raise NotImplementedError
 
+    def prompt(self, language_inputs: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """As `join`, with the last position of every row the one that the answer follows."""
+        return self.join(language_inputs, input_ids, attention_mask)
+
+    def positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
+        """position_ids: int (B, Q + T), for language models that need to be told; else nothing."""
+        return {}
+
     def generate(
         self, language_inputs: Tensor, input_ids: Tensor, attention_mask: Tensor, **options: Any
     ) -> Tensor:
@@ -59,9 +137,37 @@ class Bridge:
 
 
 class DecoderBridge(Bridge):
-    """Decoder-only language models: [queries][</s> prompt], text padded on the left when generating."""
+    """Decoder-only language models: [queries][</s> prompt], text padded on the left when generating.
+
+    Not every tokenizer puts a token in front of a text as OPT's does; a caption without a prompt then follows
+    the last query.
+    """
 
     padding_side = "left"
+
+    def positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Padding has no place: without it a row has the positions, and the answer, it has alone.
+
+        OPT and models with linear biases read this from the mask by themselves.
+        """
+        model = self.language_model
+        takes = "position_ids" in inspect.signature(model.forward).parameters
+        if model.config.model_type == "opt" or not takes:
+            return {}
+        return {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0)}
+
+    def prompt(self, language_inputs: Tensor, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        """Padding stands before the queries; with OPT between them and the text, as in transformers' BLIP-2.
+
+        A window of attention counts places, padding too, and without a text the last query has to be last.
+        """
+        inputs = self.join(language_inputs, input_ids, attention_mask)
+        if self.language_model.config.model_type != "opt" and not attention_mask.all():
+            order = inputs["attention_mask"].argsort(dim=1, stable=True)  # padding, queries, text
+            embeds = inputs["inputs_embeds"]
+            inputs["inputs_embeds"] = embeds.gather(1, order[..., None].expand_as(embeds))
+            inputs["attention_mask"] = inputs["attention_mask"].gather(1, order)
+        return inputs
 
     def forward(
         self,
@@ -72,7 +178,8 @@ class DecoderBridge(Bridge):
         **options: Any,
     ) -> ModelOutput:
         """labels: int (B, T), aligned with input_ids; as in LAVIS the last query predicts the first."""
-        output = self.language_model(**self.join(language_inputs, input_ids, attention_mask), **options)
+        inputs = self.join(language_inputs, input_ids, attention_mask)
+        output = self.language_model(**inputs, **self.positions(inputs["attention_mask"]), **options)
         if labels is not None:
             text_logits = output.logits[:, -labels.shape[1] - 1 : -1].float()
             output["loss"] = F.cross_entropy(text_logits.flatten(0, 1), labels.flatten())
@@ -83,7 +190,7 @@ class DecoderBridge(Bridge):
     ) -> Tensor:
         """New tokens only; with embeddings as input the library returns no prompt."""
         return self.language_model.generate(
-            **self.join(language_inputs, input_ids, attention_mask), **options
+            **self.prompt(language_inputs, input_ids, attention_mask), **options
         )
 
 

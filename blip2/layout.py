@@ -154,6 +154,25 @@ def parse_config(raw: dict[str, Any], source: Path | str) -> Blip2Config:
     return config
 
 
+def readers(config: Blip2Config) -> str:
+    """One sentence on who reads a folder, if it is not transformers too; else ""."""
+    if config.model_type != "blip2-any":
+        return ""
+    vision: Any = config.vision_config
+    kind = vision.model_type
+    if kind == "blip_2_vision_model":
+        kind = "CLIP as LAVIS has it" if getattr(vision, "pre_layernorm", False) else "EVA-CLIP"
+    elif kind == "blip2_callable":
+        kind = f"the function {vision.source}"
+    parts = f"image encoder: {kind}"
+    if not config.qformer_config.use_qformer_text_input:  # stage 1 has no language model
+        parts += f"; language model: {config.text_config.model_type}"
+    return (
+        f"Model type blip2-any ({parts}): transformers' BLIP-2 cannot express this model and refuses its "
+        "folder; the package blip2 reads it."
+    )
+
+
 def check_config(config: Blip2Config, source: Path | str = "config") -> None:
     """Hold a configuration to itself.
 
@@ -182,6 +201,8 @@ def check_config(config: Blip2Config, source: Path | str = "config") -> None:
         if isinstance(act, str) and act not in ACT2FN:
             fail(f"{label}.hidden_act {act!r} is unknown")
     image, patch = get(vision, "image_size"), get(vision, "patch_size")
+    if vision.model_type != "blip_2_vision_model":
+        patch = None  # others leave a rest of the image out
     if isinstance(image, int) and isinstance(patch, int) and (patch < 1 or image < patch or image % patch):
         fail(f"vision_config.image_size {image} is not a multiple of patch_size {patch}")
     if config.num_query_tokens < 1:

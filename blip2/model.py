@@ -135,8 +135,12 @@ class Blip2(Blip2Base):
         if input_ids is None:
             text = self.config.text_config
             start = getattr(text, "bos_token_id", None)  # T5 has none of its own
-            start = text.eos_token_id if start is None else start
-            input_ids = torch.full((rows, 1), start, device=self.language_projection.weight.device)
+            device = self.language_projection.weight.device
+            if start is None and self.is_decoder_only:  # nothing stands before a text
+                input_ids = torch.empty((rows, 0), dtype=torch.long, device=device)
+            else:
+                start = text.eos_token_id if start is None else start
+                input_ids = torch.full((rows, 1), start, device=device)
         if input_ids.ndim != 2 or input_ids.is_floating_point():
             raise ValueError(f"input_ids must be whole numbers (rows, tokens), not {tuple(input_ids.shape)}")
         if attention_mask is None:

@@ -2,7 +2,7 @@
 
 The frames are the paper's (Sec. 4.1) and LAVIS's: `Question: ... Answer:` for OPT, `Question: ... Short
 answer:` for Flan-T5. A bare question makes OPT answer with a line break, that is, with nothing, so frames are
-put on here.
+put on here. A decoder that was tuned to chat gets the frame of its tokenizer's chat template instead.
 """
 
 import json
@@ -36,6 +36,7 @@ class Processor:
         num_query_tokens: how many soft tokens stand for an image.
         qformer_tokenizer: for models whose Q-Former reads the question too.
         context: how many tokens the language model reads and writes in all, queries included; None: no limit.
+        end: what ends a caption in a decoder's training, see `blip2.language.Manners`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Processor:
         std: Sequence[float] = CLIP_STD,
         context: int | None = None,
         qformer_tokenizer: PreTrainedTokenizerBase | None = None,
+        end: str = "\n",
     ):
         self.tokenizer = tokenizer
         self.family: Family = family
@@ -57,6 +59,7 @@ class Processor:
         self.mean, self.std = tuple(mean), tuple(std)
         self.context = context
         self.qformer_tokenizer = qformer_tokenizer
+        self.end = end
         tokenizer.padding_side = "left" if family == "opt" else "right"
 
     # --- loading and saving ---
@@ -76,6 +79,8 @@ class Processor:
         try:
             settings = AutoImageProcessor.from_pretrained(name, **options)
             mean, std = settings.image_mean, settings.image_std
+            if config.vision_config.model_type != "blip_2_vision_model":  # some take images of any size
+                image_size = pixel_size(settings)
         except (OSError, ValueError):
             pass  # very old folders have no image settings: the released models all share LAVIS's
         qformer_tokenizer = None
@@ -100,6 +105,7 @@ class Processor:
             std=std,
             context=context,
             qformer_tokenizer=qformer_tokenizer,
+            end=_end(tokenizer, text) if family == "opt" else "\n",
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -181,11 +187,38 @@ class Processor:
             raise PromptError("the question is empty: ask something about the picture")
         if text.lower().startswith("question:"):
             return text  # someone wrote the frame by hand
+        if style == "question" and self.has_chat_frame:
+            return self._chat_frame(text, history, description)
         answer = "Answer:" if style == "question" else "Short answer:"
         turns = [f"Question: {question} Answer: {reply.rstrip('.')}." for question, reply in history]
         if description:
             turns.insert(0, f"{description.strip().rstrip('.')}.")
         return " ".join([*turns, f"Question: {text} {answer}"])
+
+    @property
+    def has_chat_frame(self) -> bool:
+        """Whether the style "question" means the frame of a chat model: its tokenizer has a template."""
+        return self.family == "opt" and bool(getattr(self.tokenizer, "chat_template", None))
+
+    def _chat_frame(self, question: str, history: Sequence[Turn], description: str) -> str:
+        """The conversation as the tokenizer's chat template frames it, up to where the answer begins."""
+        asked = [*(earlier for earlier, _ in history), question]
+        if description:
+            asked[0] = f"{description.strip().rstrip('.')}. {asked[0]}"
+        turns = []
+        for number, text in enumerate(asked):
+            turns.append({"role": "user", "content": text})
+            if number < len(history):
+                turns.append({"role": "assistant", "content": history[number][1]})
+        framed = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        start = self.tokenizer.bos_token  # `text` puts it in front where the tokenizer does
+        return str(framed).removeprefix(start or "") if self._adds_start else str(framed)
+
+    @property
+    def _adds_start(self) -> bool:
+        return self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
 
     @property
     def question_style(self) -> Style:
@@ -205,13 +238,14 @@ class Processor:
         many = [prompts] if isinstance(prompts, str) else list(prompts)
         cut = {} if max_length is None else {"truncation": True, "max_length": max_length}
         tokens = self.tokenizer(many, padding=True, return_tensors="pt", **cut)
+        tokens = {name: tokens[name].long() for name in ("input_ids", "attention_mask")}  # floats if empty
         length = tokens["input_ids"].shape[1]
         if self.context is not None and length + self.num_query_tokens >= self.context:
             raise PromptError(
                 f"the prompt has {length} tokens; beside the picture's {self.num_query_tokens} this model "
                 f"reads fewer than {self.context - self.num_query_tokens}: shorten it"
             )
-        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        return tokens
 
     def question(self, questions: str | Sequence[str]) -> dict[str, Tensor]:
         """Questions for a Q-Former that reads them: qformer_input_ids and _attention_mask, or nothing."""
@@ -247,3 +281,26 @@ class Processor:
             return []
         words = [word.strip(".,?!:;\"'()") for word in text.split()]
         return [w for w in words if w and unknown in self.tokenizer(w, add_special_tokens=False)["input_ids"]]
+
+
+def pixel_size(settings: Any) -> int:
+    """Pixels a side of what an image processor of transformers makes: of its crop, or of its resized image.
+
+    Raises:
+        ValueError: it does not make squares.
+    """
+    cropped = getattr(settings, "do_center_crop", None)
+    size = getattr(settings, "crop_size" if cropped else "size", None) or {}
+    sides = {size[name] for name in ("height", "width", "shortest_edge", "longest_edge") if size.get(name)}
+    if len(sides) != 1:
+        raise ValueError(
+            f"its image processor makes pictures of {dict(size)}: one side for squares is needed"
+        )
+    return int(sides.pop())
+
+
+def _end(tokenizer: PreTrainedTokenizerBase, text_config: Any) -> str:
+    """What ends a decoder's captions: the first of the tokens that end its answers."""
+    ends = text_config.eos_token_id
+    first = ends[0] if isinstance(ends, list) else ends
+    return "\n" if first is None else tokenizer.decode([first])

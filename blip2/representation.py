@@ -8,6 +8,7 @@ caller passes.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,23 +28,44 @@ LABEL_SMOOTHING = 0.1  # of ITC (ALBEF) and ITG (LAVIS; the paper does not menti
 MATCH_BATCH = 64  # image-text pairs scored at a time
 
 
-def sample_hard_negatives(sim_i2t: Tensor, sim_t2i: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+def sample_hard_negatives(
+    sim_i2t: Tensor, sim_t2i: Tensor, positive: Tensor, draws: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw a negative text for every image and a negative image for every text, the likelier the closer.
 
     Args:
         sim_i2t: float (B, G), image-text logits of the local images.
         sim_t2i: float (B, G), text-image logits of the local texts.
         positive: bool (B, G), pairs that belong together and are never drawn while another candidate exists.
+        draws: float (2, B) in [0, 1), a number for every image and for every text that decides what is drawn;
+            random by default.
 
     Returns:
         Indices of texts for the images, int (B,), and of images for the texts, int (B,). Paper: ALBEF Sec.
         3.2.
     """
-    texts, images = (
-        torch.multinomial(sim.float().masked_fill(positive, -10000.0).softmax(dim=1), 1)[:, 0]
-        for sim in (sim_i2t, sim_t2i)
-    )
-    return texts, images
+    if draws is None:
+        draws = torch.rand(2, len(positive), device=positive.device)
+    below_one = draws * (1 - 2**-20)  # so that rounding cannot reach the sum of all
+    indices = []
+    for sim, draw in zip((sim_i2t, sim_t2i), below_one, strict=True):
+        cumulated = sim.float().masked_fill(positive, -10000.0).softmax(dim=1).cumsum(dim=1)
+        indices.append(torch.searchsorted(cumulated, cumulated[:, -1:] * draw[:, None], right=True)[:, 0])
+    return indices[0], indices[1]
+
+
+@dataclass
+class Pairs:
+    """What the passes without an image-text mixture make of B pairs.
+
+    image_key_values: `QFormer.project_image`, shared by all passes; cache: keys and values of the queries,
+    which ITG's text attends to; image_feats: float (B, Q, E) and text_feats: float (B, E), unit length.
+    """
+
+    image_key_values: list[KeyValues | None]
+    cache: list[KeyValues]
+    image_feats: Tensor
+    text_feats: Tensor
 
 
 class LMHead(nn.Module):
@@ -59,6 +81,17 @@ class LMHead(nn.Module):
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
         """hidden: float (..., D) -> logits: float (..., vocabulary)."""
         return F.linear(self.layer_norm(self.activation(self.dense(hidden))), word_embeddings, self.bias)
+
+
+def own_pairs(local: int, total: int, rank: int, device: torch.device) -> Tensor:
+    """Bool (B, G): which of the gathered pairs is the local one; row i of rank r is row r * B + i of all."""
+    own = rank * local + torch.arange(local, device=device)
+    return own[:, None] == torch.arange(total, device=device)
+
+
+def select(key_values: list[KeyValues | None], rows: Tensor) -> list[KeyValues | None]:
+    """The given rows, int (N,), of every layer's keys and values."""
+    return [kv and (kv[0][rows], kv[1][rows]) for kv in key_values]
 
 
 class Blip2Representation(Blip2Base):
@@ -98,13 +131,13 @@ class Blip2Representation(Blip2Base):
     # --- features ---
 
     def image_feats(self, query_output: Tensor) -> Tensor:
-        """query_output: float (B, Q, D) -> float (B, Q, E), unit length."""
-        return F.normalize(self.vision_projection(query_output.to(self.dtype)), dim=-1)
+        """query_output: float (B, Q, D) -> float32 (B, Q, E), unit length."""
+        return F.normalize(self.vision_projection(query_output.to(self.dtype)).float(), dim=-1)
 
     def text_feats(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Texts, int (B, T), [CLS] first -> float (B, E), unit length, from the [CLS] position."""
+        """Texts, int (B, T), [CLS] first -> float32 (B, E), unit length, from the [CLS] position."""
         text = self.qformer(text_embeds=self.embeddings(input_ids), mask=text_mask(attention_mask))
-        return F.normalize(self.text_projection(text.text_output[:, 0].to(self.dtype)), dim=-1)
+        return F.normalize(self.text_projection(text.text_output[:, 0].to(self.dtype)).float(), dim=-1)
 
     # --- losses ---
 
@@ -147,41 +180,45 @@ class Blip2Representation(Blip2Base):
         if not len(image_embeds) == len(input_ids) == len(attention_mask):
             raise ValueError(f"{len(image_embeds)} images with {len(input_ids)} texts: pairs are needed")
 
-        image_key_values = self.qformer.project_image(image_embeds)
-        queries = self.qformer(self.query_tokens, image=image_key_values)
-        image_feats = self.image_feats(queries.query_output)
-        text_feats = self.text_feats(input_ids, attention_mask)
-
-        all_ids = None if image_ids is None else gather(image_ids)
-        positive = self._positives(len(image_embeds), len(gather(text_feats)), rank, image_ids, all_ids)
+        pairs = self.read_pairs(image_embeds, input_ids, attention_mask)
+        if image_ids is not None:
+            positive = image_ids[:, None] == gather(image_ids)[None, :]
+        else:
+            positive = own_pairs(len(image_embeds), len(gather(pairs.text_feats)), rank, image_embeds.device)
         loss_itc, sim_i2t, sim_t2i = self.itc(
-            image_feats, text_feats, positive, gather, soft=image_ids is not None
+            pairs.image_feats, pairs.text_feats, positive, gather, soft=image_ids is not None
         )
         with torch.no_grad():
             negative_text, negative_image = sample_negatives(sim_i2t, sim_t2i, positive)
-        loss_itm = self.itm(
-            image_embeds,
-            image_key_values,
+        if gather_with_grad is None:
+            negatives = select(pairs.image_key_values, negative_image)
+        else:
+            negatives = self.qformer.project_image(gather_with_grad(image_embeds)[negative_image])
+        loss_itm, _ = self.itm(
+            (pairs.image_key_values, negatives),
             (input_ids, gather(input_ids)[negative_text]),
             (attention_mask, gather(attention_mask)[negative_text]),
-            negative_image,
             has_negative=~positive.all(dim=1),
-            gather_with_grad=gather_with_grad,
         )
-        return {
-            "loss_itc": loss_itc,
-            "loss_itm": loss_itm,
-            "loss_itg": self.itg(queries.cache, input_ids, attention_mask),
-        }
+        loss_itg = self.itg(pairs.cache, input_ids, attention_mask)
+        return {"loss_itc": loss_itc, "loss_itm": loss_itm, "loss_itg": loss_itg}
 
-    def _positives(
-        self, local: int, total: int, rank: int, image_ids: Tensor | None, all_ids: Tensor | None
-    ) -> Tensor:
-        """Which of the gathered pairs show the same picture as a local one: bool (B, G)."""
-        if image_ids is not None and all_ids is not None:
-            return image_ids[:, None] == all_ids[None, :]
-        own = rank * local + torch.arange(local, device=self.query_tokens.device)
-        return own[:, None] == torch.arange(total, device=own.device)
+    def read_pairs(self, image_embeds: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Pairs:
+        """Passes (a) and (b): the queries read the images, the texts are read alone.
+
+        Args:
+            image_embeds: float (B, P, V), after `post_layernorm`.
+            input_ids: int (B, T), [CLS] first.
+            attention_mask: int (B, T).
+        """
+        image_key_values = self.qformer.project_image(image_embeds)
+        queries = self.qformer(self.query_tokens, image=image_key_values)
+        return Pairs(
+            image_key_values,
+            queries.cache,
+            self.image_feats(queries.query_output),
+            self.text_feats(input_ids, attention_mask),
+        )
 
     def itc(
         self,
@@ -203,57 +240,49 @@ class Blip2Representation(Blip2Base):
         Returns:
             The loss, and the logits image to text and text to image, float (B, G) each.
         """
-        sim_i2t = torch.einsum("bqe,ge->bgq", image_feats, gather(text_feats)).amax(-1) / self.temperature
-        sim_t2i = torch.einsum("be,gqe->bgq", text_feats, gather(image_feats)).amax(-1) / self.temperature
+        with torch.autocast(image_feats.device.type, enabled=False):  # bf16 would cost logits two digits
+            images, texts = image_feats.float(), text_feats.float()
+            sim_i2t = torch.einsum("bqe,ge->bgq", images, gather(texts)).amax(-1) / self.temperature
+            sim_t2i = torch.einsum("be,gqe->bgq", texts, gather(images)).amax(-1) / self.temperature
         target = positive / positive.sum(1, keepdim=True) if soft else positive.int().argmax(1)
         losses = [F.cross_entropy(sim, target, label_smoothing=LABEL_SMOOTHING) for sim in (sim_i2t, sim_t2i)]
         return (losses[0] + losses[1]) / 2, sim_i2t, sim_t2i
 
     def itm(
         self,
-        image_embeds: Tensor,
-        image_key_values: list[KeyValues | None],
+        images: tuple[list[KeyValues | None], list[KeyValues | None]],
         input_ids: tuple[Tensor, Tensor],
         attention_mask: tuple[Tensor, Tensor],
-        negative_image: Tensor,
         has_negative: Tensor,
-        gather_with_grad: Gather | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Image-text matching loss over B matching pairs, B with another image, B with another text.
 
         Args:
-            image_embeds: float (B, P, V).
-            image_key_values: `qformer.project_image(image_embeds)`, shared with the other passes.
-            input_ids: own texts and the images' negative texts, int (B, T) each; attention_mask likewise.
-            attention_mask: see input_ids.
-            negative_image: int (B,), an index into the gathered images for every text.
+            images: own images and the texts' negative images, of `QFormer.project_image`.
+            input_ids: own texts and the images' negative texts, int (B, T) each.
+            attention_mask: likewise.
             has_negative: bool (B,), False where the whole batch shows one picture: those rows count as
                 matches only.
-            gather_with_grad: see `forward`.
+
+        Returns:
+            The loss, and the logits, float (3 B, 2), in the order above.
         """
-        if gather_with_grad is None:
-            negatives = [
-                None if kv is None else (kv[0][negative_image], kv[1][negative_image])
-                for kv in image_key_values
-            ]
-        else:
-            negatives = self.qformer.project_image(gather_with_grad(image_embeds)[negative_image])
         own_text, negative_text = input_ids
         own_mask, negative_mask = attention_mask
-        images = [
+        key_values = [
             None
             if own is None or negative is None
             else (torch.cat([own[0], negative[0], own[0]]), torch.cat([own[1], negative[1], own[1]]))
-            for own, negative in zip(image_key_values, negatives, strict=True)
+            for own, negative in zip(*images, strict=True)
         ]
         logits = self._match(
-            images,
+            key_values,
             torch.cat([own_text, own_text, negative_text]),
             torch.cat([own_mask, own_mask, negative_mask]),
         )
-        match = torch.ones_like(negative_image)
         mismatch = torch.where(has_negative, 0, -100)
-        return F.cross_entropy(logits, torch.cat([match, mismatch, mismatch]))
+        labels = torch.cat([torch.ones_like(mismatch), mismatch, mismatch])
+        return F.cross_entropy(logits, labels), logits
 
     def _match(self, images: list[KeyValues | None], input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (N, 2) of N pairs; the head sees every query, their logits are averaged."""

@@ -17,8 +17,10 @@ from blip2.layout import NOVELTY, VARIANT, CheckpointError, stored_name, write_c
 from blip2.processing import Processor
 from blip2.representation import Blip2Representation
 
-# what a new checkpoint replaces; a novelty score is of the old one's weights
-WEIGHTS = re.compile(rf"(model|pytorch_model)[.-].*(safetensors|bin|json)|{re.escape(NOVELTY)}")
+# what a new checkpoint replaces; a novelty score is of the old one's weights, a template of its tokenizer
+WEIGHTS = re.compile(
+    rf"(model|pytorch_model)[.-].*(safetensors|bin|json)|{re.escape(NOVELTY)}|chat_template\.jinja"
+)
 
 
 def save(

@@ -3,7 +3,7 @@
 B images, P patches + 1 (the class token comes first), V vision width, H heads, S image size in pixels.
 Both encoders stop one block before their end (39 of 40 and 23 of 24) and hand on every token; the layer norm
 after them (`post_layernorm`, LAVIS's `ln_vision`) is not part of the frozen encoder: it trains in both
-stages.
+stages. Other encoders are in `blip2.encoders`.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, Blip2VisionConfig, PreTrainedConfig
+from transformers import Blip2VisionConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
@@ -190,7 +190,13 @@ class ImageEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
         """pixel_values: float (B, 3, S, S), normalized -> image_embeds: float (B, P, V)."""
-        return self.post_layernorm(self.encode(pixel_values, interpolate))
+        hidden = self.encode(pixel_values, interpolate)
+        return self.post_layernorm(hidden.to(self.post_layernorm.weight.dtype))
+
+    def set_frozen_precision(self, dtype: torch.dtype) -> None:
+        """Hold the encoder in `dtype`, and what trains, `post_layernorm`, in float32."""
+        self.to(dtype)
+        self.post_layernorm.float()
 
     def freeze(self) -> None:
         """Freeze all but `post_layernorm`: no gradients, eval mode for good. Paper: Sec. 3.1."""
@@ -224,21 +230,3 @@ class VisionTransformer(ImageEncoder):
     def tokens(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
         """pixel_values: float (B, 3, S, S) -> float (B, P, V), before `post_layernorm`."""
         return self.encoder(self.pre_layernorm(self.embeddings(pixel_values, interpolate)))
-
-
-class AutoVisionEncoder(ImageEncoder):
-    """Any `transformers.AutoModel` that maps pixel values to a last hidden state."""
-
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__(config)
-        self.model = AutoModel.from_config(config)
-
-    def tokens(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
-        """pixel_values: float (B, 3, S, S) -> float (B, P, V), before `post_layernorm`."""
-        options = {"interpolate_pos_encoding": True} if interpolate else {}
-        return self.model(pixel_values=pixel_values.to(self.model.dtype), **options).last_hidden_state
-
-
-def build_image_encoder(config: PreTrainedConfig) -> ImageEncoder:
-    """The image encoder that a `vision_config` describes."""
-    return VisionTransformer(config) if isinstance(config, Blip2VisionConfig) else AutoVisionEncoder(config)

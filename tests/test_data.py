@@ -21,8 +21,8 @@ import torch
 from blip2.images import preprocess
 from train import data, samples
 from train.data import shards_loader
+from train.loader import DataError
 from train.recipes import RecipeError, Shards, Source
-from train.samples import DataError
 from train.transforms import clean_caption
 
 
@@ -49,7 +49,8 @@ def same(ours, theirs):
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs, strict=True):
         assert one.keys() == other.keys() and one["keys"] == other["keys"]
-        assert all(torch.equal(one[k], other[k]) for k in one if k != "keys")
+        assert one["captions"] == other["captions"]
+        assert all(torch.equal(one[k], other[k]) for k in one if k not in ("keys", "captions"))
 
 
 def stored(state):
@@ -61,7 +62,7 @@ def stored(state):
 
 def test_batches_have_what_training_takes(folders):
     (batch,) = take(loader(folders), 1)
-    assert batch.keys() == {"pixel_values", "input_ids", "attention_mask", "labels", "keys"}
+    assert batch.keys() == {"pixel_values", "input_ids", "attention_mask", "labels", "captions", "keys"}
     assert batch["pixel_values"].shape == (8, 3, 8, 8) and batch["pixel_values"].dtype == torch.float32
     assert len(batch["input_ids"]) == len(set(batch["keys"])) == 8
     for key, ids in zip(batch["keys"], batch["input_ids"], strict=True):

@@ -18,10 +18,16 @@ from torch import nn
 from train import distributed, state
 from train.engine import FitConfig, fit, make_accelerator
 from train.loader import IndexLoader
-from train.pretrain import Stage1
 
 CONFIG = FitConfig(
-    steps=6, learning_rate=1e-2, warmup_steps=2, precision="fp32", log_every=3, save_every=3, seed=3
+    steps=6,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    precision="fp32",
+    log_every=3,
+    save_every=3,
+    seed=3,
+    trackers=(),
 )
 
 
@@ -72,21 +78,19 @@ def acting(step, action):
 def reference_step(rank):
     """Losses of this rank on its three pairs with the recorded negatives, and the gradients after DDP."""
     model, tensors = lavis.model("stage1_two_ranks")
-    objective = Stage1(model)
-    model.vision_model.requires_grad_(True)  # the file has gradients of the encoder too
-    model.vision_model.frozen = False
-    objective.eval()
+    model.eval()
     negatives = tuple(tensors[f"outputs.rank{rank}.negative_{kind}_index"] for kind in ("text", "image"))
     own = {
         name: tensors[f"inputs.{name}"][3 * rank : 3 * rank + 3] for name in ("input_ids", "attention_mask")
     }
     pixels = tensors["inputs.pixel_values"][3 * rank : 3 * rank + 3]
-    plain = model.forward
-    model.forward = lambda **given: plain(**given, sample_negatives=lambda *_: negatives)
-    wrapped = nn.parallel.DistributedDataParallel(objective)
-    losses = wrapped({"pixel_values": pixels, **own})
-    sum(value for name, value in losses.items() if name.startswith("loss")).backward()
-    gradients = {n.removeprefix("model."): p.grad for n, p in objective.named_parameters()}
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    losses = wrapped(
+        pixels, **own, gather=distributed.gather, gather_with_grad=distributed.gather_with_grad,
+        rank=rank, sample_negatives=lambda *_: negatives,
+    )  # fmt: skip
+    sum(losses.values()).backward()
+    gradients = {n: p.grad for n, p in model.named_parameters()}
     return {name: value.detach() for name, value in losses.items()}, gradients
 
 

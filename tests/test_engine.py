@@ -20,11 +20,19 @@ import torch
 from torch import nn
 
 from train import state
+from train.best import CollapseError, load_best
 from train.engine import FitConfig, NonFiniteError, fit, make_accelerator
 from train.loader import IndexLoader
 
 CONFIG = FitConfig(
-    steps=10, learning_rate=1e-2, warmup_steps=2, precision="fp32", log_every=5, save_every=5, seed=3
+    steps=10,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    precision="fp32",
+    log_every=5,
+    save_every=5,
+    seed=3,
+    trackers=(),
 )
 
 
@@ -291,7 +299,7 @@ def test_a_save_cut_short_leaves_the_last_state(whole, tmp_path, monkeypatch):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(state.SaveError, match=r"No space left.*step-00000005 is the last whole state"):
         fit(Toy(), loader(), CONFIG, tmp_path / "run")
     monkeypatch.undo()
     assert state.latest(tmp_path / "run").name == "step-00000005"
@@ -305,7 +313,7 @@ def test_evaluation_does_not_disturb_the_run(whole, tmp_path):
     toy, _ = whole
     modes = []
 
-    def evaluate(objective):
+    def evaluate(objective, step):
         modes.append((objective.training, torch.is_grad_enabled()))
         torch.rand(3)
         np.random.rand(3)
@@ -389,3 +397,41 @@ def test_index_loader_is_a_function_of_seed_and_step():
     assert torch.equal(next(iter(again))["x"], skipped[4])
     with pytest.raises(ValueError, match="do not fill one batch"):
         IndexLoader(3, 4, fetch)
+
+
+# --- the probe ---
+
+
+def judged(values, folder, steps=None, **changes):
+    """Train a toy whose probe takes these values, an evaluation every 2 steps."""
+    values = iter(values)
+    config = dataclasses.replace(CONFIG, eval_every=2, save_every=2, probe="score", **changes)
+    toy = Toy()
+    fit(toy, loader(), config, folder, evaluate=lambda objective, step: {"score": next(values)})
+    return toy
+
+
+def test_the_best_weights_are_kept(tmp_path):
+    last, best = judged([1.0, 5.0, 4.0, 4.5, 4.9], tmp_path), Toy()
+    known = json.loads((tmp_path / "best" / "best.json").read_text())
+    assert known == {"step": 4, "metric": "score", "value": 5.0}
+    assert load_best(tmp_path, best) == 4
+    assert not same(weights(best), weights(last))
+
+
+def test_a_collapse_stops_the_run(tmp_path, capsys):
+    """A single bad evaluation is told; two in a row end it, and the best weights are there."""
+    with pytest.raises(CollapseError, match=r"step 8: score has fallen from 5 to 3\.1: .*--collapse 0"):
+        judged([5.0, 3.4, 3.2, 3.1], tmp_path, collapse=2 / 3)
+    assert capsys.readouterr().out.count("warning: score has fallen from 5 to 3.2") == 1
+    assert load_best(tmp_path, Toy()) == 2
+    judged([5.0, 0.1, 4.0, 0.1, 4.0], tmp_path / "noisy", collapse=2 / 3)
+    judged([5.0, 0.1, 0.1, 0.1, 0.1], tmp_path / "never")
+
+
+def test_the_best_survives_a_stop(tmp_path):
+    """A run that goes on compares with the best before it stopped."""
+    with pytest.raises(StopIteration):
+        judged([9.0, 1.0], tmp_path)
+    judged([1.0] * 5, tmp_path)
+    assert load_best(tmp_path, Toy()) == 2

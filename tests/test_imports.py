@@ -17,7 +17,7 @@ import blip2
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"devices", "fetch", "config", "errors", "settings", "resources"},
-    {"base", "vision", "qformer", "language"},
+    {"base", "vision", "encoders", "qformer", "language"},
     {"representation", "model"},
     {
         "images",

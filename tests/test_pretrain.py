@@ -8,27 +8,33 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import save_file
+from accelerate.state import AcceleratorState
+from pretraining import OPTIONS, SMALL, make_parts
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    OPTConfig,
     OPTForCausalLM,
-    T5Config,
     T5ForConditionalGeneration,
 )
 
 from blip2.checkpoint import load
-from blip2.vision import VisionTransformer
 from train import captions, pretrain, recipes, state
 from train.engine import FitConfig, fit
 from train.loader import IndexLoader
+from train.objectives import Stage1, Stage2
 from train.recipes import QFormerConfig
 from train.scenes.text import build_tokenizer
 
 CAPTIONS = ["a red ring", "a small blue star left of a green circle", "circle"]
 FIT = FitConfig(
-    steps=4, learning_rate=1e-3, warmup_steps=1, precision="fp32", log_every=2, save_every=2, keep_states=5
+    steps=4,
+    learning_rate=1e-3,
+    warmup_steps=1,
+    precision="fp32",
+    log_every=2,
+    save_every=2,
+    keep_states=5,
+    trackers=(),
 )
 
 
@@ -88,7 +94,7 @@ def test_prefix_tokens():
 
 def objective(family):
     model = tiny.ours(family)
-    return pretrain.Stage1(model) if family == "retrieval" else pretrain.Stage2(model)
+    return Stage1(model) if family == "retrieval" else Stage2(model)
 
 
 def batches(family):
@@ -201,49 +207,14 @@ def test_contradictory_recipes():
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """A tiny random image encoder and two language models, in folders as `train.scenes` writes them."""
     folder = tmp_path_factory.mktemp("parts")
-    config = tiny.config("retrieval", vision_config={"image_size": 64, "patch_size": 16}).vision_config
-    (folder / "encoder").mkdir()
-    config.to_json_file(folder / "encoder" / "config.json")
-    encoder = tiny.randomize(VisionTransformer(config))
-    half = {name: tensor.half() for name, tensor in encoder.state_dict().items()}
-    save_file(half, folder / "encoder" / "model.safetensors")
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2}
-    for family in ("opt", "t5"):
-        words = build_tokenizer(family)
-        if family == "opt":
-            text = OPTConfig(
-                vocab_size=len(words), hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, **sizes,
-                max_position_embeddings=128, pad_token_id=1, bos_token_id=2, eos_token_id=2,
-            )  # fmt: skip
-            model = OPTForCausalLM(text)
-        else:
-            text = T5Config(
-                vocab_size=len(words), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-                feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
-            )  # fmt: skip
-            model = T5ForConditionalGeneration(text)
-        model.save_pretrained(folder / family)
-        words.save_pretrained(folder / family)
+    make_parts(folder)
     return folder
-
-
-CHANGES = {
-    "steps": 4, "batch-size": 4, "log-every": 2, "save-every": 2, "eval-every": 0, "warmup-steps": 1,
-    "precision": "fp32", "max-minutes": None, "num-scenes": 40, "num-validation": 8,
-}  # fmt: skip
-OPTIONS = [f"--{name}={value}" for name, value in CHANGES.items()]
-QFORMER = QFormerConfig(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
-    num_query_tokens=6, image_text_hidden_size=16,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def stage1(parts, tmp_path_factory):
     output = tmp_path_factory.mktemp("stage1") / "run"
-    small = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(QFORMER).items()]
     arguments = [
         "scenes-stage1",
         "--start-from",
@@ -251,7 +222,7 @@ def stage1(parts, tmp_path_factory):
         "--output",
         f"{output}",
         *OPTIONS,
-        *small,
+        *SMALL,
     ]
     assert pretrain.main(arguments) == 0
     return output, arguments
@@ -350,3 +321,36 @@ def test_stage1_starts_from_bert(parts, tmp_path):
     )
     assert processor.tokenizer.bos_token_id == model.decoder_start_token_id
     assert model.embeddings.word_embeddings.num_embeddings == model.decoder_start_token_id + 1
+
+
+def test_stage1_goes_on_from_a_stage1_model(stage1, parts, tmp_path, capsys):
+    """Its Q-Former, heads and tokenizer are taken over; a stage-2 model is refused."""
+    model = stage1[0] / "model"
+    recipe = dataclasses.replace(recipes.scenes_stage1(), start_from=str(model))
+    objective, processor = pretrain.start(recipe)
+    before = load(model, device="cpu")
+    for name, value in before.model.state_dict().items():
+        assert torch.equal(objective.model.state_dict()[name], value), name
+    assert processor.tokenizer.get_vocab() == before.processor.tokenizer.get_vocab()
+    start = ["--start-from", str(model), "--output", str(tmp_path / "run"), *OPTIONS]
+    assert pretrain.main(["scenes-stage1", *start]) == 0
+    second = ["--start-from", str(model), "--language-model", str(parts / "opt")]
+    assert pretrain.main(["scenes-stage2-opt", *second, "--output", str(tmp_path / "opt"), *OPTIONS]) == 0
+    wrong = ["--start-from", str(tmp_path / "opt" / "model"), "--output", str(tmp_path / "no"), *OPTIONS]
+    assert pretrain.main(["scenes-stage1", *wrong]) == 2
+    assert "is a stage-2 model; stage 1 starts from an encoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["stage1-vitg", "stage2-opt-2-7b", "stage2-flan-t5-xl"])
+def test_any_recipe_runs_small(name, tmp_path, monkeypatch):
+    """--smoke: the recipe's own objectives, precisions and optimizer on drawn scenes, to a model."""
+    AcceleratorState._reset_state()  # it keeps the precision of the tests before
+    monkeypatch.setattr("train.smoke.STEPS", 4)
+    monkeypatch.setattr("train.smoke.SCENES", 96)
+    monkeypatch.chdir(tmp_path)
+    assert pretrain.main([name, "--smoke", "--batch-size=8", "--num-validation=8", "--warmup-steps=1"]) == 0
+    run = tmp_path / "runs" / "smoke" / name
+    config = json.loads((run / "config.json").read_text())
+    AcceleratorState._reset_state()
+    assert config["execution"]["vision_precision"] == "bfloat16" and config["fit"]["betas"] == [0.9, 0.98]
+    assert load(run / "model", device="cpu").processor.image_size == 64

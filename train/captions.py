@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from blip2.images import CLIP_MEAN, CLIP_STD
 from train import distributed
 from train.loader import Batch, IndexLoader
 from train.recipes import Scenes
@@ -35,18 +36,19 @@ def representation_tokens(
 
 
 def decoder_tokens(
-    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int = 32
+    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int = 32, end: str = "\n"
 ) -> dict[str, Tensor]:
-    r"""Stage 2 with a decoder: </s> caption "\n", padded on the right.
+    """Stage 2 with a decoder: </s> caption `end`, padded on the right.
 
-    The line break ends a caption. It is appended before the text is cut, as in LAVIS, so a cut caption does
-    not teach the model to end there. The label of </s> counts: the last query learns to predict it.
+    `end`, a line break for OPT, is appended before the text is cut, as in LAVIS, so a cut caption does not
+    teach the model to end there. The label of </s> counts: the last query learns to predict it. Where the
+    tokenizer puts nothing before a text, it learns to predict the first word.
 
     Returns:
         input_ids and attention_mask: int (B, T); labels: int (B, T), -100 on padding.
     """
     tokens = tokenizer(
-        [caption + "\n" for caption in captions],
+        [caption + end for caption in captions],
         padding=True,
         padding_side="right",  # left is for generating
         truncation=True,
@@ -95,18 +97,34 @@ def prefix_tokens(
 
 
 def tokenize_for(
-    tokenizer: PreTrainedTokenizerBase, family: str, max_length: int, whole: float = 0.0
+    tokenizer: PreTrainedTokenizerBase, family: str, max_length: int, whole: float = 0.0, end: str = "\n"
 ) -> Tokenize:
-    """The function above that a model's family ("bert", "opt" or "t5", as its `Processor` says) trains on."""
+    """The function above that a model's family ("bert", "opt" or "t5", as its `Processor` says) trains on.
+
+    Args:
+        tokenizer: the processor's.
+        family: likewise.
+        max_length: of a caption, tokens.
+        whole: see `prefix_tokens`.
+        end: what ends a decoder's caption, the processor's.
+    """
     if family == "bert":
         return lambda captions, generator: representation_tokens(tokenizer, captions, max_length)
     if family == "opt":
-        return lambda captions, generator: decoder_tokens(tokenizer, captions, max_length)
+        return lambda captions, generator: decoder_tokens(tokenizer, captions, max_length, end)
     return lambda captions, generator: prefix_tokens(tokenizer, captions, generator, max_length, whole)
 
 
 def scenes_loader(
-    scenes: Scenes, tokenize: Tokenize, batch_size: int, *, seed: int = 0, split: str = "train"
+    scenes: Scenes,
+    tokenize: Tokenize,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    split: str = "train",
+    shared: bool = False,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
 ) -> IndexLoader:
     """Drawn scenes, each with one caption drawn anew every time it comes up.
 
@@ -116,6 +134,9 @@ def scenes_loader(
         batch_size: over all processes.
         seed: of order and captions.
         split: "train" or "validation".
+        shared: give every process all rows, instead of its own.
+        mean: of the image encoder's pixels, in [0, 1].
+        std: likewise.
     """
     from train.scenes.encoder import normalize
     from train.scenes.text import caption, telling_caption
@@ -131,18 +152,19 @@ def scenes_loader(
     def fetch(indices: list[int], generator: np.random.Generator) -> Batch:
         drawn = [sample(index, split) for index in indices]
         words = random.Random(int(generator.integers(2**63)))
+        said = [say(scene, words) for scene in drawn]
         if hidden is not None:
             image = {"image_hidden": torch.from_numpy(hidden[indices])}
         else:
             pixels = np.stack([render(scene, scenes.image_size) for scene in drawn])
-            image = {"pixel_values": normalize(torch.from_numpy(pixels))}
+            image = {"pixel_values": normalize(torch.from_numpy(pixels), mean, std)}
         return {
             **image,
-            **tokenize([say(scene, words) for scene in drawn], generator),
+            **tokenize(said, generator),
+            "captions": said,
             "keys": [f"{split}/{index}" for index in indices],
         }
 
-    world = distributed.world_size()
-    return IndexLoader(
-        number, batch_size // world, fetch, seed=seed, rank=distributed.rank(), world_size=world
-    )
+    world = 1 if shared else distributed.world_size()
+    rank = 0 if shared else distributed.rank()
+    return IndexLoader(number, batch_size // world, fetch, seed=seed, rank=rank, world_size=world)

@@ -29,9 +29,9 @@ from megatron.energon.wrappers import ConcatDataset, RepeatDataset
 from blip2.images import CLIP_MEAN, CLIP_STD
 from train import distributed
 from train.captions import Tokenize
-from train.loader import Batch
+from train.loader import Batch, DataError
 from train.plain import from_plain, to_plain
-from train.reading import DataError, open_folders
+from train.reading import open_folders
 from train.recipes import Shards, Source
 from train.samples import Encoder, concatenate, describe
 

@@ -44,15 +44,19 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def promised() -> int:
+    """How many processes the launcher says it starts."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def check_launch(num_processes: int) -> None:
     """Refuse to train when the launcher promised another number of processes than there are.
 
     `accelerate launch --num_processes 2` on a machine without a GPU starts a single process, silently.
     """
-    promised = int(os.environ.get("WORLD_SIZE", "1"))
-    if promised != num_processes:
+    if promised() != num_processes:
         raise RuntimeError(
-            f"the launcher announced WORLD_SIZE={promised}, but {num_processes} process(es) take part; "
+            f"the launcher announced WORLD_SIZE={promised()}, but {num_processes} process(es) take part; "
             "start with `torchrun --nproc-per-node N -m train.pretrain ...`"
         )
 
@@ -122,6 +126,13 @@ def all_gather_object(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether an error of a collective says that another process has ended, or does not answer."""
+    if isinstance(error, dist.DistError):
+        return True
+    return is_distributed() and any(part in str(error) for part in ("gloo", "closed by peer", "Timed out"))
 
 
 def barrier() -> None:

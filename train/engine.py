@@ -15,6 +15,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,10 +26,12 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from train import distributed, optim, state
+from train.best import Best
 from train.loader import Batch, Loader
 from train.log import Log, Window
 from train.stop import Flags, NonFiniteError, stop_signals
 
+Evaluate = Callable[[nn.Module, int], Mapping[str, float]]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -67,8 +70,14 @@ class FitConfig:
     """Steps between saved states; one is saved at the end and on SIGTERM in any case."""
     keep_states: int = 2
     """Saved states that remain."""
-    trackers: tuple[str, ...] = ()
-    """accelerate trackers beside log.jsonl, such as tensorboard, trackio or wandb."""
+    probe: str | None = None
+    """Metric of the evaluation by which the best weights are kept, in best/; the higher the better."""
+    collapse: float = 0.0
+    """Stop when the probe stays below this share of its best: what was learned is being unlearned."""
+    timeout_minutes: float = 30.0
+    """How long a process waits for the others before it gives up."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """accelerate trackers beside log.jsonl: tensorboard, trackio or wandb."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.log_every < 1:
@@ -80,6 +89,8 @@ class FitConfig:
                 f"min_learning_rate is {self.min_learning_rate}; "
                 f"it must lie in 0 .. learning_rate ({self.learning_rate})"
             )
+        if not 0 <= self.collapse < 1:
+            raise ValueError(f"collapse is {self.collapse}; it is a share of the best, 0 (never) to below 1")
         if self.max_minutes is not None and self.max_minutes <= 0:
             raise ValueError(f"max_minutes is {self.max_minutes}; give a positive number, or leave it out")
 
@@ -102,6 +113,7 @@ def make_accelerator(
     cpu: bool | None = None,
     trackers: Sequence[str] = (),
     folder: str | os.PathLike[str] | None = None,
+    timeout_minutes: float = 30.0,
 ) -> Accelerator:
     """An Accelerator on the GPU if there is one, in which a lost rank is a time-out and no hang.
 
@@ -112,6 +124,7 @@ def make_accelerator(
         cpu: stay on the CPU; by default only where there is no GPU.
         trackers: of accelerate, such as "tensorboard".
         folder: where they write.
+        timeout_minutes: how long a process waits for the others before it gives up.
 
     Raises:
         RuntimeError: the launcher announced another number of processes than take part.
@@ -119,7 +132,7 @@ def make_accelerator(
     if cpu is None:
         cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     mixed = "no" if precision == "fp32" else precision
-    timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=30))
+    timeout = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes))
     accelerator = Accelerator(
         mixed_precision=mixed,
         cpu=cpu,
@@ -138,33 +151,52 @@ def fit(
     folder: str | os.PathLike[str],
     *,
     run: Mapping[str, Any] | None = None,
-    evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     accelerator: Accelerator | None = None,
+    stop_requested: Callable[[], bool] | None = None,
+    work: float | None = None,
 ) -> Result:
     """Train `objective` on `loader`, in place; go on from the newest state in `folder` if there is one.
 
     Args:
         objective: `forward(batch)` returns a dict of scalar tensors; `loss*` are summed. Its parameters that
-            require a gradient are trained.
+            require a gradient are trained. Its method `split(batch, step, seed)`, if it has one, cuts a batch
+            into parts, over which losses and values are summed.
         loader: this rank's batches.
         config: see `FitConfig`.
         folder: of this run alone; gets config.json, log.jsonl and states/.
         run: the run's whole resolved configuration, by default `config`; a folder that holds another is
             refused.
-        evaluate: (objective in eval mode, without gradients) -> metrics. Every rank calls it, rank 0's values
-            are logged, and the run's random generators do not notice.
+        evaluate: (objective in eval mode, without gradients; step) -> metrics. Every rank calls it, rank 0's
+            values are logged, and the run's random generators do not notice.
         accelerator: from `make_accelerator`, which the default calls.
+        work: seconds that a row would take this device at its peak; with it, `mfu` is logged, the share of
+            the peak that is used.
+        stop_requested: whether to end early; by default of `stop_signals`, which lasts as long as this call.
 
     Returns:
         See `Result`.
 
     Raises:
         NonFiniteError: a loss or a gradient norm was not finite. The step was not applied, nothing is saved.
+        CollapseError: the probe stayed below `config.collapse` of its best.
+        SaveError: a state could not be written.
         StateError: `folder` or its state belongs to another run.
     """
+    if stop_requested is None:
+        with stop_signals() as signalled:
+            return fit(
+                objective, loader, config, folder,
+                run=run, evaluate=evaluate, accelerator=accelerator, stop_requested=signalled, work=work,
+            )  # fmt: skip
     folder = Path(folder)
     if accelerator is None:
-        accelerator = make_accelerator(config.precision, trackers=config.trackers, folder=folder)
+        accelerator = make_accelerator(
+            config.precision,
+            trackers=config.trackers,
+            folder=folder,
+            timeout_minutes=config.timeout_minutes,
+        )
     expected = "no" if config.precision == "fp32" else config.precision
     if accelerator.mixed_precision != expected:
         raise ValueError(f"precision is {config.precision}, the accelerator's {accelerator.mixed_precision}")
@@ -187,97 +219,122 @@ def fit(
             scaler.load_state_dict(progress["scaler"])
     first, began, batches = step, time.perf_counter() - seconds, iter(loader)
     model = accelerator.prepare_model(objective)
-    log = Log(folder, step, accelerator, config.trackers)
+    split = getattr(objective, "split", lambda batch, step, seed: [batch])
+    log = Log(folder, step, total, accelerator, config.trackers)
     log.say(
         f"{folder}: step {step} of {total}; {sum(p.numel() for p in parameters):,} parameters to train, "
         f"{distributed.world_size()} process(es), {device}, {config.precision}"
     )
     window, flags, metrics, rate, stop = Window(), Flags(), dict[str, float](), 0.0, False
+    best = Best(folder, config.probe, config.collapse, step, log.say) if config.probe else None
 
     def due(every: int) -> bool:
         return step > first and (step >= total or stop or (every > 0 and step % every == 0))
 
-    with stop_signals() as stop_requested:
-        while True:
-            if due(config.log_every):
-                stop |= flags.read(everything=True)
-                elapsed = torch.tensor(time.perf_counter() - began, device=device, dtype=torch.float32)
-                seconds = distributed.all_reduce_(elapsed, "max").item()
-                if config.max_minutes is not None:  # every rank has the same seconds, so the same schedule
-                    total = min(
-                        config.steps, step + max(0, int((config.max_minutes * 60 / seconds - 1) * step))
-                    )
-                metrics |= log.step(step, total, seconds, rate, window.close())
-                if scaler is not None and scaler.get_scale() < 2**-20:
-                    raise NonFiniteError(
-                        f"step {step}: fp16 gradients overflow at any loss scale; use bf16 or fp32"
-                    )
+    while True:
+        if due(config.log_every):
+            stop |= flags.read(everything=True)
+            elapsed = torch.tensor(time.perf_counter() - began, device=device, dtype=torch.float32)
+            seconds = distributed.all_reduce_(elapsed, "max").item()
+            if config.max_minutes is not None:  # every rank has the same seconds, so the same schedule
+                total = min(config.steps, step + max(0, int((config.max_minutes * 60 / seconds - 1) * step)))
+            means = window.close() | _skipped(loader, device)
+            if work is not None:
+                means["mfu"] = means["samples_per_second"] / distributed.world_size() * work
+            metrics |= log.step(step, total, seconds, rate, means)
+            if scaler is not None and scaler.get_scale() < 2**-20:
+                raise NonFiniteError(
+                    f"step {step}: fp16 gradients overflow at any loss scale; use bf16 or fp32"
+                )
 
-            last = stop or step >= total
-            if evaluate is not None and due(config.eval_every) and not stop:
-                flags.read(everything=True)
-                with window.paused():
-                    metrics |= log.evaluation(step, _evaluate(evaluate, objective))
+        last = stop or step >= total
+        if evaluate is not None and due(config.eval_every) and not stop:
+            flags.read(everything=True)
+            with window.paused():
+                metrics |= log.evaluation(step, _evaluate(evaluate, objective, step, accelerator))
+                if best is not None:
+                    best.judge(step, metrics[f"eval/{best.metric}"], objective)
 
-            if due(config.save_every):
-                flags.read(everything=True)
-                progress = {"seconds": time.perf_counter() - began, "total_steps": total}
-                if scaler is not None:
-                    progress["scaler"] = scaler.state_dict()
-                with window.paused():
-                    state.save(
-                        folder, step, objective, optimizer,
-                        loader=loader.state_dict(), progress=progress, keep=config.keep_states,
-                    )  # fmt: skip
-
-            if last:
-                break
-
-            waiting = time.perf_counter()
-            batch = next(batches)
-            waited = time.perf_counter() - waiting
-            rate = optim.learning_rate(
-                step,
-                total=total,
-                peak=config.learning_rate,
-                floor=config.min_learning_rate,
-                warmup=config.warmup_steps,
-            )
-            optim.set_learning_rate(optimizer, rate)
-
-            outputs: dict[str, Tensor] = model(_to(batch, device))
-            loss = torch.stack([value for name, value in outputs.items() if name.startswith("loss")]).sum()
-            accelerator.backward(loss)
+        if due(config.save_every):
+            flags.read(everything=True)
+            progress = {"seconds": time.perf_counter() - began, "total_steps": total}
             if scaler is not None:
-                scaler.unscale_(optimizer)
-            norm = optim.gradient_norm(parameters, config.clip_norm)
-            finite = torch.isfinite(loss.detach())
-            if (
-                scaler is None
-            ):  # with fp16, an infinite norm is the scaler's to handle: it skips the step, lowers the scale
-                finite = finite & torch.isfinite(norm)
-            bad = (~finite).float()
-            flag = torch.stack([bad, torch.full_like(bad, float(stop_requested()))])
-            distributed.all_reduce_(flag, "max")  # what one rank sees, all ranks act on
-            if scaler is not None:
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.found_inf = flag[0]  # type: ignore[attr-defined]  # AdamW's fused step does nothing where it is 1
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
+                progress["scaler"] = scaler.state_dict()
+            with window.paused():
+                state.save(
+                    folder, step, objective, optimizer,
+                    loader=loader.state_dict(), progress=progress, keep=config.keep_states,
+                )  # fmt: skip
 
-            values = {name: value.detach() for name, value in outputs.items()}
-            window.add({"loss": loss.detach(), **values, "grad_norm": norm}, _rows(batch), waited)
-            flags.put(flag, step, values, batch.get("keys"))
-            stop |= flags.read()
+        if last:
+            break
+
+        waiting = time.perf_counter()
+        batch = next(batches)
+        waited = time.perf_counter() - waiting
+        rate = optim.learning_rate(
+            step,
+            total=total,
+            peak=config.learning_rate,
+            floor=config.min_learning_rate,
+            warmup=config.warmup_steps,
+        )
+        optim.set_learning_rate(optimizer, rate)
+
+        with accelerator.autocast():
+            parts = split(_to(batch, device), step, config.seed)
+        values = _backward(model, parts, accelerator)
+        loss = values["loss"]
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        norm = optim.gradient_norm(parameters, config.clip_norm)
+        finite = torch.isfinite(loss)
+        if scaler is None:  # fp16's scaler handles an infinite norm: it skips the step, lowers the scale
+            finite = finite & torch.isfinite(norm)
+        bad = (~finite).float()
+        flag = torch.stack([bad, torch.full_like(bad, float(stop_requested()))])
+        distributed.all_reduce_(flag, "max")  # what one rank sees, all ranks act on
+        if scaler is not None:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.found_inf = flag[0]  # type: ignore[attr-defined]  # AdamW's fused step does nothing where it is 1
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        log.progress(step, total)
+
+        window.add({**values, "grad_norm": norm}, _rows(batch), waited)
+        flags.put(flag, step, values, batch.get("keys"))
+        stop |= flags.read()
     log.close()
     if stop and step < total:
         log.say(
             f"stopped by a signal after step {step}; the state is saved, the same command goes on from there"
         )
     return Result(step, step >= total, metrics)
+
+
+def _backward(model: nn.Module, parts: list[Batch], accelerator: Accelerator) -> dict[str, Tensor]:
+    """Accumulate the parts' gradients; returns "loss" and the other values, summed over the parts."""
+    values: dict[str, Tensor] = {}
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        with nullcontext() if last else accelerator.no_sync(model):  # processes exchange gradients once
+            outputs: dict[str, Tensor] = model(part)
+            loss = torch.stack([value for name, value in outputs.items() if name.startswith("loss")]).sum()
+            accelerator.backward(loss)
+        for name, value in {"loss": loss, **outputs}.items():
+            values[name] = values[name] + value.detach() if name in values else value.detach()
+    return values
+
+
+def _skipped(loader: Loader, device: torch.device) -> dict[str, float]:
+    """How many samples all processes have left out, where the loader counts them."""
+    if (skipped := getattr(loader, "skipped", None)) is None:
+        return {}
+    number = torch.tensor(float(sum(skipped.values())), device=device)
+    return {"skipped": distributed.all_reduce_(number).item()}
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
@@ -288,11 +345,15 @@ def _rows(batch: Batch) -> int:
     return next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), 0)
 
 
-def _evaluate(evaluate: Callable[[nn.Module], Mapping[str, float]], objective: nn.Module) -> dict[str, float]:
+def _evaluate(
+    evaluate: Evaluate, objective: nn.Module, step: int, accelerator: Accelerator
+) -> dict[str, float]:
+    """Rank 0's metrics, on every rank."""
     generators = state.rng_state()
     objective.eval()
-    with torch.no_grad():
-        metrics = {name: float(value) for name, value in evaluate(objective).items()}
+    with torch.no_grad(), accelerator.autocast():
+        metrics = {name: float(value) for name, value in evaluate(objective, step).items()}
+    metrics = distributed.all_gather_object(metrics)[0]
     objective.train()
     state.set_rng_state(generators)
     return metrics

@@ -14,6 +14,10 @@ import numpy as np
 Batch = dict[str, Any]
 
 
+class DataError(RuntimeError):
+    """The data cannot be trained on: too much of it had to be skipped, or it is not there."""
+
+
 class Loader(Protocol):
     """An endless source of batches that can say where it stands and go back there."""
 

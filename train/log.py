@@ -1,9 +1,14 @@
-"""What a run reports: means since the last line, to the terminal, log.jsonl and accelerate's trackers."""
+"""What a run reports: means since the last line, to the terminal, log.jsonl and accelerate's trackers.
+
+On a terminal a bar shows how far it is; elsewhere the lines alone say so.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +18,18 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm import tqdm
 
 from train import distributed
+
+
+def say(text: str) -> None:
+    """Print a line, above the bar if there is one; a reader that is gone does not end the run."""
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Window:
@@ -57,7 +72,9 @@ class Window:
 class Log:
     """log.jsonl, the terminal and accelerate's trackers; rank 0 writes."""
 
-    def __init__(self, folder: Path, step: int, accelerator: Accelerator, trackers: tuple[str, ...]):
+    def __init__(
+        self, folder: Path, step: int, total: int, accelerator: Accelerator, trackers: tuple[str, ...]
+    ):
         self.path, self.accelerator, self.trackers = folder / "log.jsonl", accelerator, trackers
         self.main = distributed.rank() == 0
         if self.main and self.path.exists():  # forget what was logged after the state this run goes on from
@@ -66,10 +83,17 @@ class Log:
             self.path.write_text("".join(line + "\n" for line in kept))
         if trackers:
             accelerator.init_trackers(folder.name)
+        hidden = None if self.main else True  # None: hidden where there is no terminal
+        self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, disable=hidden)
 
     def say(self, text: str) -> None:
         if self.main:
-            print(text, flush=True)
+            say(text)
+
+    def progress(self, step: int, total: int) -> None:
+        """Move the bar."""
+        self.bar.total = total
+        self.bar.update(step - self.bar.n)
 
     def step(
         self, step: int, total: int, seconds: float, rate: float, means: dict[str, float]
@@ -79,9 +103,12 @@ class Log:
             f"{k.removeprefix('loss_')} {v:.4f}" for k, v in means.items() if k.startswith("loss")
         )
         left = timedelta(seconds=int(seconds / step * (total - step)))
+        mfu = f"  MFU {means['mfu']:.0%}" if "mfu" in means else ""
+        skipped = f"  skipped {means['skipped']:.0f}" if means.get("skipped") else ""
         self.say(
             f"step {step}/{total}  {parts}  lr {rate:.2e}  grad {means['grad_norm']:.3g}  "
-            f"{means['samples_per_second']:.1f} samples/s  wait {means['data_wait']:.0%}  left {left}"
+            f"{means['samples_per_second']:.1f} samples/s{mfu}  wait {means['data_wait']:.0%}{skipped}  "
+            f"left {left}"
         )
         self._write(step, values)
         return values
@@ -101,5 +128,6 @@ class Log:
             self.accelerator.log(values, step=step)
 
     def close(self) -> None:
+        self.bar.close()
         for tracker in self.accelerator.trackers if self.trackers else []:
             tracker.finish()

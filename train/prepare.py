@@ -166,6 +166,14 @@ def pairs(
     _write(records.pairs(table, images or table.parent), output, writing, False)
 
 
+def own(table: Path, output: Path, held_out: float, at_most: int) -> None:
+    """`pairs`, with a share of the training images held out as val unless the table has a val split."""
+    found = list(records.pairs(table, table.parent))
+    training = sum(record.part == "train" for record in found)
+    number = 0 if any(record.part == "val" for record in found) else min(at_most, int(held_out * training))
+    _write(found, output, Writing(validation=number), False)
+
+
 def img2dataset(
     folder: Positional[Path], *, validation_shards: int = 0, workers: int = os.cpu_count() or 1
 ) -> None:

@@ -1,4 +1,4 @@
-"""Pre-training, both stages: the objectives, the models they start from, and the command.
+"""Pre-training, both stages: the command.
 
     python -m train.pretrain scenes-stage1 --max-minutes 40
     torchrun --nproc-per-node 8 -m train.pretrain stage1-vitg
@@ -8,227 +8,60 @@ The same command goes on where a stopped run left off. Stage 1 is Sec. 3.2 of th
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
+import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    Blip2Config,
-    Blip2VisionConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from blip2 import checkpoint
-from blip2.convert import qformer_from_bert
 from blip2.model import Blip2
-from blip2.processing import Family, Processor
-from blip2.qformer import QFormer
-from blip2.representation import Blip2Representation
-from train import distributed
+from blip2.processing import Processor
+from train import distributed, plan, weights
+from train.best import CollapseError, load_best
 from train.captions import scenes_loader, tokenize_for
-from train.engine import NonFiniteError, Result, fit, make_accelerator
-from train.loader import Batch, Loader
+from train.domain import domain
+from train.engine import Evaluate, NonFiniteError, Result, fit, make_accelerator
+from train.execution import prepare
+from train.loader import DataError, Loader
+from train.log import say
+from train.objectives import Objective, Stage1, Stage2
+from train.plan import work_per_pair
+from train.probe import Probe
 from train.recipes import RECIPES, Recipe, RecipeError, Scenes
-from train.state import StateError
+from train.smoke import smoke
+from train.start import finished
+from train.start import start as start_model
+from train.state import SaveError, StateError
+from train.stop import stop_signals
 
-# --- objectives ---
-
-
-def _image_embeds(model: Blip2Representation | Blip2, batch: Batch) -> Tensor:
-    """image_embeds (B, P, V), from pixels or from `image_hidden`, the frozen encoder's cached output."""
-    if "image_hidden" in batch:
-        norm = model.vision_model.post_layernorm  # not frozen, hence not cached
-        return norm(batch["image_hidden"].to(norm.weight.dtype))
-    return model.image_embeds(batch["pixel_values"])
+EVALUATED, EVALUATED_BATCHES = 256, 16  # pairs in a batch of the evaluation, and batches at most
 
 
-class Stage1(nn.Module):
-    """Vision-language representation learning: ITC + ITM + ITG on the global batch; the encoder is frozen."""
-
-    def __init__(self, model: Blip2Representation, objectives: Sequence[str] = ("itc", "itm", "itg")):
-        super().__init__()
-        self.model, self.objectives = model, tuple(objectives)
-        model.freeze_vision()
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Losses on pixel_values or image_hidden, input_ids and attention_mask of `representation_tokens`.
-
-        A loss that is not among `objectives` loses its prefix, and `fit` leaves it out of the sum.
-        """
-        losses = self.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            image_embeds=_image_embeds(self.model, batch),
-            gather=distributed.gather,
-            gather_with_grad=distributed.gather_with_grad if distributed.is_distributed() else None,
-            rank=distributed.rank(),
-        )
-        named = {
-            name if name.removeprefix("loss_") in self.objectives else name.removeprefix("loss_"): value
-            for name, value in losses.items()
-        }
-        return {**named, "temperature": self.model.temperature}
-
-
-class Stage2(nn.Module):
-    """Vision-to-language generative learning: the frozen LLM's loss on captions after the queries."""
-
-    def __init__(self, model: Blip2):
-        super().__init__()
-        self.model = model
-        model.freeze_vision()
-        model.freeze_language()
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Loss on pixel_values or image_hidden, and the tokens of `decoder_tokens` or `prefix_tokens`."""
-        output = self.model(
-            image=self.model.read_image(_image_embeds(self.model, batch)),
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            labels=batch["labels"],
-            check_image_tokens=False,
-        )
-        return {"loss_lm": output.loss}
-
-
-# --- models to start from ---
-
-
-def new_representation(
-    recipe: Recipe, vision: Path, tokenizer: PreTrainedTokenizerBase
-) -> Blip2Representation:
-    """A stage-1 model with random weights around a pretrained image encoder.
-
-    Args:
-        recipe: gives the Q-Former's sizes.
-        vision: folder with the encoder's config.json and model.safetensors, named as `VisionTransformer`'s.
-        tokenizer: BERT-like; its bos token is [DEC], the last row of the embedding table.
-    """
-    sizes = dataclasses.asdict(recipe.qformer)
-    num_query_tokens, projection = sizes.pop("num_query_tokens"), sizes.pop("image_text_hidden_size")
-    dropout = sizes.pop("dropout")
-    vision_config = Blip2VisionConfig.from_json_file(vision / "config.json")
-    start: Any = tokenizer.bos_token_id
-    if start is None:
-        raise RecipeError(f"{recipe.tokenizer}: the tokenizer has no bos token; stage 1 wants [DEC] as one")
-    config = Blip2Config(
-        vision_config=vision_config.to_dict(),
-        qformer_config={
-            **sizes,
-            "hidden_dropout_prob": dropout,
-            "attention_probs_dropout_prob": dropout,
-            "encoder_hidden_size": vision_config.hidden_size,
-            "vocab_size": start + 1,
-            "pad_token_id": tokenizer.pad_token_id,
-            "use_qformer_text_input": True,
-        },
-        num_query_tokens=num_query_tokens,
-        image_text_hidden_size=projection,
-        image_token_index=tokenizer.get_vocab().get("<image>"),
-    )
-    config.decoder_start_token_id = start
-    model = Blip2Representation(config)
-    weights = load_file(vision / "model.safetensors")
-    model.vision_model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    return model
-
-
-def attach_language_model(
-    representation: Blip2Representation, language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> Blip2:
-    """A stage-2 model: image encoder, queries and query path of stage 1, a fresh projection, and the given
-    LLM.
-
-    Stage 1's text half and heads are dropped. As in the released models, a decoder ends with the line break
-    that its captions end with, and an encoder without a prompt reads </s>.
-    """
-    text: Any = language_model.config
-    if text.is_encoder_decoder:
-        text.bos_token_id = text.eos_token_id
-    else:
-        (newline,) = tokenizer("\n", add_special_tokens=False)["input_ids"]
-        text.eos_token_id = newline
-        if language_model.generation_config is not None:
-            language_model.generation_config.eos_token_id = newline
-    old: Any = representation.config
-    config: Any = type(old)(
-        vision_config=old.vision_config.to_dict(),
-        qformer_config={**old.qformer_config.to_dict(), "use_qformer_text_input": False},
-        text_config=text.to_dict(),
-        num_query_tokens=old.num_query_tokens,
-        image_token_index=tokenizer.get_vocab().get("<image>"),
-    )
-    with torch.device("meta"):  # the language model is large, and every part is replaced
-        model = Blip2(config)
-    model.vision_model, model.query_tokens = representation.vision_model, representation.query_tokens
-    model.qformer = QFormer(config.qformer_config)
-    trained = representation.qformer.state_dict()
-    model.qformer.load_state_dict({name: trained[name] for name in model.qformer.state_dict()})
-    model.language_projection = nn.Linear(config.qformer_config.hidden_size, text.hidden_size)
-    model.language_model = language_model
-    return model
-
-
-def start(recipe: Recipe) -> tuple[nn.Module, Processor]:
+def start(recipe: Recipe) -> tuple[Objective, Processor]:
     """The objective of a recipe over the model it starts from, and the processor saved with that model.
 
     Raises:
         RecipeError: what the recipe starts from does not fit it.
     """
-    if recipe.stage == 1:
-        if recipe.tokenizer is None:
-            from train.scenes.text import build_tokenizer
-
-            tokenizer: Any = build_tokenizer("bert")
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(recipe.tokenizer)
-            if tokenizer.bos_token is None:  # BERT's: LAVIS adds [DEC], the token that starts a caption
-                tokenizer.add_special_tokens({"bos_token": "[DEC]"})
-        representation = new_representation(recipe, Path(recipe.start_from), tokenizer)
-        if recipe.bert is not None:
-            qformer_from_bert(recipe.bert, representation)
-        return Stage1(representation, recipe.objectives), _processor(representation, tokenizer, "bert")
-
-    loaded = checkpoint.load(recipe.start_from, precision="float32", device="cpu")
-    if not isinstance(loaded.model, Blip2Representation):
-        raise RecipeError(f"{recipe.start_from} is no stage-1 model; stage 2 starts from one")
-    assert recipe.language_model is not None
-    tokenizer = AutoTokenizer.from_pretrained(recipe.language_model)
-    encodes = AutoConfig.from_pretrained(recipe.language_model).is_encoder_decoder
-    family = AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM
-    language_model = family.from_pretrained(recipe.language_model, dtype=torch.float32)
-    model = attach_language_model(loaded.model, language_model, tokenizer)
-    return Stage2(model), _processor(model, tokenizer, "t5" if encodes else "opt")
+    model, processor = start_model(recipe)
+    if isinstance(model, Blip2):
+        return Stage2(model, recipe.execution.micro_batch_size), processor
+    return Stage1(model, recipe.objectives, recipe.execution.micro_batch_size), processor
 
 
-def _processor(
-    model: Blip2Representation | Blip2, tokenizer: PreTrainedTokenizerBase, family: Family
-) -> Processor:
-    config: Any = model.config
-    size, queries = config.vision_config.image_size, config.num_query_tokens
-    return Processor(tokenizer, family=family, image_size=size, num_query_tokens=queries)
-
-
-# --- the command ---
-
-
-def mean_losses(
-    make_loader: Callable[[], Loader], batches: int, seed: int = 0
-) -> Callable[[nn.Module], dict[str, float]]:
+def mean_losses(make_loader: Callable[[], Loader], batches: int, seed: int = 0) -> Evaluate:
     """An evaluation for `fit`: the objective's values, averaged over the same batches every time.
 
     Args:
@@ -237,7 +70,7 @@ def mean_losses(
         seed: of what the losses draw themselves, such as hard negatives.
     """
 
-    def evaluate(objective: nn.Module) -> dict[str, float]:
+    def evaluate(objective: nn.Module, step: int) -> dict[str, float]:
         distributed.seed_everything(seed)
         device = next(objective.parameters()).device
         rows = []
@@ -249,81 +82,195 @@ def mean_losses(
     return evaluate
 
 
-def run(recipe: Recipe, name: str = "custom") -> Result:
+def _answers(recipe: Recipe, processor: Processor) -> Evaluate:
+    """Exact match of answers about drawn scenes; no question was ever trained."""
+    from train.scenes.evaluate import answers
+
+    assert isinstance(recipe.data, Scenes)
+    count, output = recipe.data.num_asked, Path(recipe.output)
+
+    def evaluate(objective: nn.Module, step: int) -> dict[str, float]:
+        model: Any = objective.model
+        loaded = checkpoint.Loaded(model, processor, "custom", "float32", model.device, output, [])
+        return answers(loaded, count, "validation")
+
+    return evaluate
+
+
+def _data(recipe: Recipe, processor: Processor) -> tuple[Callable[..., Loader], int]:
+    """Makes loaders of a split, of this process's rows or of all (`shared`); and how many to evaluate."""
+    data, size, execution = recipe.data, processor.image_size, recipe.execution
+    tokenize = tokenize_for(
+        processor.tokenizer, processor.family, recipe.max_text_length, recipe.whole_captions, processor.end
+    )
+    pixels: dict[str, Any] = {"mean": processor.mean, "std": processor.std}
+    if isinstance(data, Scenes):
+        if data.image_size != size:
+            raise RecipeError(
+                f"data.image_size is {data.image_size}, the image encoder takes {size}: make them equal"
+            )
+        seed = recipe.fit.seed
+
+        def scenes(split: str = "train", shared: bool = False) -> Loader:
+            start = seed if split == "train" else 0
+            return scenes_loader(
+                data, tokenize, recipe.batch_size, seed=start, split=split, shared=shared, **pixels
+            )
+
+        return scenes, data.num_validation // recipe.batch_size
+
+    from train.data import shards_loader  # energon takes seconds to import
+
+    def shards(split: str = "train", shared: bool = False) -> Any:
+        part: dict[str, Any] = {"rank": 0, "world_size": 1} if shared else {}
+        batch_size = recipe.batch_size
+        if split == "validation":
+            part["workers"], batch_size = 0, min(batch_size, EVALUATED - EVALUATED % distributed.world_size())
+        return shards_loader(
+            data, tokenize, batch_size, image_size=size, seed=recipe.fit.seed, split=split,
+            **{"workers": execution.workers} | part, **pixels,
+        )  # fmt: skip
+
+    return shards, min(len(shards("validation")), EVALUATED_BATCHES)
+
+
+def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool] | None = None) -> Result:
     """Train a recipe, or go on with it, and save the finished model in `recipe.output`/model.
+
+    Args:
+        recipe: what to train.
+        name: of the recipe, for the records.
+        stop_requested: see `fit`.
 
     Raises:
         RecipeError: something is missing or does not fit; nothing has been trained or written.
         StateError: the output folder belongs to another run.
         NonFiniteError: a loss was not finite.
+        SaveError: a state could not be written.
     """
     if lacking := recipe.missing():
-        raise RecipeError(f"{name} cannot start; it lacks\n" + "\n".join(f"  - {line}" for line in lacking))
-    assert isinstance(recipe.data, Scenes)
+        lines = [f"{name} cannot start; it lacks", *(f"  - {line}" for line in lacking)]
+        raise RecipeError("\n".join([*lines, weights.hint(recipe, name)]).rstrip())
     if recipe.execution.threads is not None:
         torch.set_num_threads(recipe.execution.threads)
     output = Path(recipe.output)
-    accelerator = make_accelerator(recipe.fit.precision, trackers=recipe.fit.trackers, folder=output)
+    accelerator = make_accelerator(
+        recipe.fit.precision,
+        trackers=recipe.fit.trackers,
+        folder=output,
+        timeout_minutes=recipe.fit.timeout_minutes,
+    )
     if recipe.batch_size % distributed.world_size():
         raise RecipeError(
             f"batch_size {recipe.batch_size} is no multiple of the {distributed.world_size()} processes"
         )
     distributed.seed_everything(recipe.fit.seed)  # of new weights; DDP sends rank 0's to all
     objective, processor = start(recipe)
-    scenes, size = recipe.data, recipe.batch_size
-    tokenize = tokenize_for(
-        processor.tokenizer, processor.family, recipe.max_text_length, recipe.whole_captions
-    )
-    evaluate = mean_losses(
-        lambda: scenes_loader(scenes, tokenize, size, split="validation"), scenes.num_validation // size
-    )
-    losses = evaluate
-
-    def losses_and_answers(objective: nn.Module) -> dict[str, float]:
-        from train.scenes.evaluate import answers
-
-        model: Any = objective.model
-        loaded = checkpoint.Loaded(model, processor, name, "float32", model.device, output, [])
-        return {**losses(objective), **answers(loaded, scenes.num_asked, "validation")}
-
-    if recipe.stage == 2 and scenes.num_asked:
-        evaluate = losses_and_answers
+    prepare(objective, recipe.execution, accelerator.device)
+    load, batches = _data(recipe, processor)
+    held_out = partial(load, split="validation")
+    evaluations: list[Evaluate] = [
+        mean_losses(held_out, batches),
+        Probe(processor, partial(held_out, shared=True), batches, output),
+    ]
+    if recipe.stage == 2 and isinstance(recipe.data, Scenes) and recipe.data.num_asked:
+        evaluations.append(_answers(recipe, processor))
     # On a CPU plain attention is the faster for short sequences: 1.4 times in bf16 without dropout.
     plain = sdpa_kernel(SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext()
     with plain:
         result = fit(
             objective,
-            scenes_loader(scenes, tokenize, size, seed=recipe.fit.seed),
+            load(),
             recipe.fit,
             output,
             run={"recipe": name, **dataclasses.asdict(recipe)},
-            evaluate=evaluate,
+            evaluate=lambda objective, step: {
+                name: value for one in evaluations for name, value in one(objective, step).items()
+            },
             accelerator=accelerator,
+            stop_requested=stop_requested,
+            work=work_per_pair(recipe, distributed.world_size(), accelerator.device),
         )
     if result.finished and distributed.rank() == 0:
-        model: Any = objective.model
-        checkpoint.save(model.cpu().eval(), processor, output / "model")
-        print(f"saved {output / 'model'}", flush=True)
+        if recipe.save == "best":
+            say(f"the best weights are those of step {load_best(output, objective)}")
+        trained: Any = objective.model
+        model, reader = finished(recipe, trained)
+        checkpoint.save(model, processor, output / "model")
+        say(f"saved {output / 'model'}" + (f"\n{reader}" if reader else ""))
     return result
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0: trained, or stopped by a signal; 1: training failed; 2: it could not start."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    choices = {name: (make.__doc__ or "", make()) for name, make in RECIPES.items()}
-    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
-    recipe = tyro.extras.overridable_config_cli(
-        choices, prog="python -m train.pretrain", args=arguments, config=flat
-    )
+    flags, rest = _take_flags(arguments)
+    machines, rest = plan.take_options(rest) if flags.plan else ({}, rest)
+    recipes = {name: (make.__doc__ or "", make()) for name, make in RECIPES.items()}
+    name = next((word for word in rest if word in recipes), "")
     try:
-        run(recipe, arguments[0])
+        if name and flags.smoke:
+            recipes[name] = (recipes[name][0], smoke(recipes[name][1], name))
+        if name and flags.folder is not None:
+            recipes[name] = (recipes[name][0], domain(recipes[name][1], flags.folder))
+        recipe = tyro.extras.overridable_config_cli(
+            recipes,
+            prog="python -m train.pretrain",
+            description=FLAGS,
+            args=rest,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
+        )
+        if flags.plan:
+            print(plan.plan(recipe, name, **machines))
+            return 0
+        if flags.fetch:
+            weights.fetch(recipe)
+            return 0
+        with stop_signals() as stop_requested:
+            result = run(recipe, name, stop_requested)
     except (RecipeError, StateError, checkpoint.CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except NonFiniteError as error:
+    except (NonFiniteError, CollapseError, SaveError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not distributed.is_lost(error):
+            raise
+        print(
+            f"error: rank {distributed.rank()} lost another process ({error}); the last saved state is "
+            f"whole; to go on:\n{resume_command(arguments)}",
+            file=sys.stderr,
+        )
+        return 1
+    if not result.finished and distributed.rank() == 0:
+        say(f"to go on:\n{resume_command(arguments)}")
     return 0
+
+
+FLAGS = """Train a recipe; the same command goes on after a stop. Besides the recipe's own settings:
+--plan prints memory, speed, days and the command for some GPUs (--gpus --nodes --gpu-memory --gpu --mfu);
+--fetch downloads and checks the weights that the recipe starts from;
+--folder FOLDER trains on your own pictures: shards, or a .csv or .jsonl of images and captions;
+--smoke runs it end to end on drawn scenes, with small parts, in about five minutes."""
+
+
+def _take_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--plan", "--fetch", "--smoke"):
+        parser.add_argument(name, action="store_true")
+    parser.add_argument("--folder")
+    return parser.parse_known_args(arguments)
+
+
+def resume_command(arguments: Sequence[str]) -> str:
+    """What to type to go on with this run."""
+    launch, processes = "python", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if distributed.promised() > 1:
+        launch = f"torchrun --nproc-per-node {processes}"
+        if (nodes := int(os.environ.get("GROUP_WORLD_SIZE", "1"))) > 1:
+            launch += f" --nnodes {nodes}"
+    return f"{launch} -m train.pretrain {shlex.join(arguments)}"
 
 
 if __name__ == "__main__":

@@ -23,13 +23,10 @@ from megatron.energon.flavors.webdataset.config import split_name_re
 from megatron.energon.flavors.webdataset.structs import ShardInfo
 from multistorageclient.types import Range
 
+from train.loader import DataError
 from train.recipes import Shards
 
 BLOCK = 512  # bytes; all of a tar archive comes in them
-
-
-class DataError(RuntimeError):
-    """The data cannot be trained on: too much of it had to be skipped, or it is not there."""
 
 
 class Reader:

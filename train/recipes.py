@@ -76,6 +76,9 @@ class Source:
     """Put before every caption, after cleaning; a blank at its end is yours to add."""
     flip: float = 0.5
     """Chance of a mirror image; 0 wherever captions tell left from right."""
+    crop: float = 0.5
+    """Least share of a picture that a random crop keeps; 1 keeps all of it, wherever captions count things or
+    tell where they are."""
     mean: tuple[float, float, float] | None = None
     """Of the channels, in [0, 1]; None takes the image encoder's."""
     std: tuple[float, float, float] | None = None
@@ -89,6 +92,8 @@ class Source:
             raise RecipeError(f"max_words is {self.max_words}; a caption has at least 1")
         if not 0 <= self.flip <= 1:
             raise RecipeError(f"flip is {self.flip}; it is a chance, 0 to 1")
+        if not 0 < self.crop <= 1:
+            raise RecipeError(f"crop is {self.crop}; it is a share, above 0 to 1")
         if self.decoder is not None and self.decoder.count(":") != 1:
             raise RecipeError(f"decoder is {self.decoder!r}; write it as module:function")
 
@@ -166,19 +171,27 @@ class Recipe:
 
     stage: Literal[1, 2]
     start_from: str
-    """Stage 1: folder of a pretrained image encoder. Stage 2: folder of a finished stage-1 model."""
+    """Stage 1: a pretrained image encoder: folder, Hub id, or "module:function" (see `train.encoders`); or a
+    stage-1 model, to train on. Stage 2: folder of a finished stage-1 model."""
     data: Scenes | Shards
     batch_size: int
     """Image-text pairs a step, over all processes."""
     fit: FitConfig
     output: str
-    """Run folder: config.json, log.jsonl, states/, and model/ in the end."""
+    """Run folder: config.json, log.jsonl, samples/, states/, best/, and model/ in the end."""
+    save: Literal["last", "best"] = "last"
+    """Whether model/ gets the last weights, or those with the best probe (`fit.probe`)."""
     tokenizer: str | None = None
     """Stage 1: folder of the Q-Former's word pieces; None takes the drawn world's."""
     bert: str | None = None
     """Stage 1: folder of the BERT that the Q-Former starts from; None starts from random weights."""
     language_model: str | None = None
-    """Stage 2: folder of the frozen language model and its tokenizer."""
+    """Stage 2: folder or Hub id of the frozen language model and its tokenizer."""
+    frame: Literal["auto", "question", "chat"] = "auto"
+    """Stage 2 with a decoder: whether it is asked in its tokenizer's chat template, and ends a caption as it
+    ends a turn there; auto does so with chat models only. OPT ends captions with a line break in any case."""
+    encoder: str | None = None
+    """Stage 2: "module:function" of the image encoder, if stage 1 was trained with such a one."""
     max_text_length: int = 32
     """Tokens of a caption; longer ones are cut [C]."""
     whole_captions: float = 0.0
@@ -198,6 +211,8 @@ class Recipe:
             raise RecipeError("objectives is empty; stage 1 trains at least one of itc, itm, itg")
         if not 0 <= self.whole_captions <= 1:
             raise RecipeError(f"whole_captions is {self.whole_captions}; it is a chance, 0 to 1")
+        if self.save == "best" and self.fit.probe is None:
+            raise RecipeError('save is "best", but fit.probe names no metric to tell by: retrieval or cider')
         if self.batch_size < 2:
             raise RecipeError(f"batch_size is {self.batch_size}; ITC and ITM compare at least 2 pairs")
 
@@ -210,13 +225,24 @@ class Recipe:
             ("BERT weights", self.bert),
             ("a language model", self.language_model),
         ]
-        lacking = [f"{what}: there is none in {path}" for what, path in named if path and not _filled(path)]
+        from train.encoders import advice
+
+        lacking = [
+            f"{what}: there is none in {path}{advice(path)}"
+            for what, path in named
+            if path and not _filled(path)
+        ]
         return lacking + self.data.missing()
 
 
-def _filled(folder: str) -> bool:
-    names = {path.suffix for path in Path(folder).glob("*")}
-    return ".json" in names and (".safetensors" in names or (Path(folder) / "tokenizer_config.json").exists())
+def _filled(source: str) -> bool:
+    from train.encoders import find, is_function
+
+    folder = find(source)
+    if folder is None:
+        return is_function(source)
+    names = {path.suffix for path in folder.glob("*")}
+    return ".json" in names and (".safetensors" in names or (folder / "tokenizer_config.json").exists())
 
 
 # Images of COCO, Visual Genome, SBU, CC3M, CC12M and a part of LAION-400M, 129 M in all [P 3.4]. The mixing
@@ -231,6 +257,13 @@ WEB_IMAGES = Shards(
         "data/laion-115m": 115e6,
     }
 )
+
+
+# The paper freezes in float16, and Flan-T5 in bfloat16, "without degradation" from float32 [P 3.4]. Here all
+# frozen parts are in bfloat16: the steps run under bf16 autocast, which rounds float16 weights to bfloat16
+# anyway, and gradients that pass through the language model then need no loss scale. The paper's way is
+# `--precision fp16 --vision-precision float16 --language-precision float16`, but never for Flan-T5.
+_PAPER = Execution(vision_precision="bfloat16", language_precision="bfloat16", workers=8)
 
 
 def _paper_stage1(encoder: str, batch_size: int) -> Recipe:
@@ -248,8 +281,11 @@ def _paper_stage1(encoder: str, batch_size: int) -> Recipe:
             warmup_steps=2_000,  # [P 3.4]; the public configuration warms up for 5,000 [C]
             weight_decay=0.05,  # [P 3.4]
             betas=(0.9, 0.98),  # [P 3.4]; the public configuration leaves 0.999 [C]
+            eval_every=5_000,
+            probe="retrieval",
         ),
         output=f"runs/stage1-{encoder}",
+        execution=_PAPER,
     )
 
 
@@ -263,10 +299,10 @@ def stage1_vitl() -> Recipe:
     return _paper_stage1("vitl", batch_size=2320)  # [P 3.4]
 
 
-def _paper_stage2(language_model: str, batch_size: int) -> Recipe:
+def _paper_stage2(language_model: str, batch_size: int, encoder: str = "vitg") -> Recipe:
     return Recipe(
         stage=2,
-        start_from="runs/stage1-vitg/model",
+        start_from=f"runs/stage1-{encoder}/model",
         language_model=f"weights/{language_model}",
         data=WEB_IMAGES,
         batch_size=batch_size,
@@ -277,8 +313,12 @@ def _paper_stage2(language_model: str, batch_size: int) -> Recipe:
             warmup_steps=2_000,  # [P 3.4]
             weight_decay=0.05,  # [P 3.4]
             betas=(0.9, 0.98),  # [P 3.4]
+            eval_every=2_000,
+            probe="cider",
+            collapse=2 / 3,  # LAVIS issue 407: CIDEr fell from 110 to 55 to 1 while the loss looked well
         ),
-        output=f"runs/stage2-{language_model}",
+        output=f"runs/stage2-{language_model}" + ("" if encoder == "vitg" else f"-{encoder}"),
+        execution=_PAPER,
     )
 
 
@@ -300,6 +340,16 @@ def stage2_flan_t5_xl() -> Recipe:
 def stage2_flan_t5_xxl() -> Recipe:
     """Stage 2 with ViT-g and Flan-T5-XXL, as in the paper."""
     return _paper_stage2("flan-t5-xxl", batch_size=1520)  # [P 3.4]
+
+
+def stage2_opt_2_7b_vitl() -> Recipe:
+    """Stage 2 with ViT-L and OPT-2.7B, a row of the paper's Table 2."""
+    return _paper_stage2("opt-2.7b", batch_size=1920, encoder="vitl")  # [P 3.4]
+
+
+def stage2_flan_t5_xl_vitl() -> Recipe:
+    """Stage 2 with ViT-L and Flan-T5-XL, a row of the paper's Table 2."""
+    return _paper_stage2("flan-t5-xl", batch_size=1520, encoder="vitl")  # [P 3.4]
 
 
 def scenes_stage1() -> Recipe:
@@ -329,6 +379,7 @@ def scenes_stage1() -> Recipe:
             log_every=20,
             eval_every=200,
             save_every=200,
+            probe="retrieval",
         ),
         output="runs/scenes/stage1",
         execution=Execution(threads=1),
@@ -354,6 +405,8 @@ def _scenes_stage2(language_model: str, output: str, steps: int, max_minutes: fl
             log_every=20,
             eval_every=400,
             save_every=400,
+            probe="cider",
+            collapse=2 / 3,
         ),
         output=output,
         execution=Execution(threads=1),
@@ -379,6 +432,8 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         stage2_opt_6_7b,
         stage2_flan_t5_xl,
         stage2_flan_t5_xxl,
+        stage2_opt_2_7b_vitl,
+        stage2_flan_t5_xl_vitl,
         scenes_stage1,
         scenes_stage2_opt,
         scenes_stage2_flan_t5,

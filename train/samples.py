@@ -23,8 +23,7 @@ from torch import Tensor
 from blip2.errors import ImageError
 from blip2.images import open_image
 from train.captions import Tokenize
-from train.loader import Batch
-from train.reading import DataError
+from train.loader import Batch, DataError
 from train.recipes import Source
 from train.records import IMAGES
 from train.transforms import TrainTransform, clean_caption, decode, normalize
@@ -113,7 +112,11 @@ class Encoder(TaskEncoder):
         self.sources, self.tokenize, self.seed, self.train = sources, tokenize, seed, train
         self.transforms = {
             folder: TrainTransform(
-                image_size, flip=source.flip, mean=source.mean or mean, std=source.std or std
+                image_size,
+                scale=(source.crop, 1.0),
+                flip=source.flip,
+                mean=source.mean or mean,
+                std=source.std or std,
             )
             for folder, source in sources.items()
         }
@@ -185,6 +188,7 @@ class Encoder(TaskEncoder):
         batch = {
             "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
             **self.tokenize([sample["caption"] for sample in samples], self._generator()),
+            "captions": [sample["caption"] for sample in samples],
             "keys": [sample["key"] for sample in samples],
             "worker": WorkerConfig.active_worker_config.rank_worker_id(),
             "report": (self._drawn, self._skipped, self._examples),

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -37,12 +38,17 @@ OPERATIONAL = (
     "keep_states",
     "output",
     "threads",
+    "timeout_minutes",
     "trackers",
 )
 
 
 class StateError(ValueError):
     """A folder or a state that does not fit the run."""
+
+
+class SaveError(RuntimeError):
+    """A state could not be written; the one before is whole."""
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -144,33 +150,54 @@ def save(
 
     Returns:
         The state's folder.
+
+    Raises:
+        SaveError: rank 0 could not write it; raised on every rank.
     """
     final = folder / "states" / f"step-{step:08d}"
     ranks = distributed.all_gather_object({"rng": rng_state(), "loader": dict(loader)})
+    failure = None
     if distributed.rank() == 0 and not final.exists():
-        temporary = final.parent / f".{final.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(
-            {k: p.detach().contiguous() for k, p in trainable(module).items()},
-            temporary / "weights.safetensors",
+        weights = {k: p.detach().contiguous() for k, p in trainable(module).items()}
+        rest = {
+            "step": step, "progress": dict(progress), "optimizer": optimizer.state_dict(), "ranks": ranks,
+        }  # fmt: skip
+        try:
+            _write(final, weights, rest, keep)
+        except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk is to each writer
+            failure = str(error)
+    failure = distributed.all_gather_object(failure)[0]  # the others must not wait for a rank that gave up
+    if failure is not None:
+        whole = latest(folder)
+        raise SaveError(
+            f"step {step} could not be saved in {final.parent}: {failure}. "
+            + (f"{whole.name} is the last whole state" if whole else "There is no whole state yet")
+            + "; make room, and start the same command to go on"
         )
-        state = {
-            "step": step,
-            "progress": dict(progress),
-            "optimizer": optimizer.state_dict(),
-            "ranks": ranks,
-        }
-        torch.save(state, temporary / "state.pt")
-        temporary.rename(final)
-        for old in sorted(final.parent.glob("step-*"))[: -max(1, keep)]:
-            doomed = (
-                old.parent / f".{old.name}.old"
-            )  # renamed first: a state half deleted must not look complete
-            old.rename(doomed)
-            shutil.rmtree(doomed)
-    distributed.barrier()
     return final
+
+
+def _write(final: Path, weights: dict[str, torch.Tensor], rest: dict[str, Any], keep: int) -> None:
+    temporary = final.parent / f".{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_file(weights, temporary / "weights.safetensors")
+        torch.save(rest, temporary / "state.pt")
+        for path in (*temporary.iterdir(), temporary):  # on the disk before it gets its name
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        temporary.rename(final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in sorted(final.parent.glob("step-*"))[: -max(1, keep)]:
+        doomed = old.parent / f".{old.name}.old"  # renamed first: half deleted it must not look complete
+        old.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

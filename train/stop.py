@@ -1,9 +1,11 @@
-"""What ends a run before its last step: a signal, or a number that is not finite."""
+"""What ends a run before its last step: a signal, its parent's death, or a number that is not finite."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,10 +20,19 @@ class NonFiniteError(RuntimeError):
     """A loss or a gradient norm was not finite; the message names the samples."""
 
 
+SAME_REQUEST = 5.0  # seconds in which another signal is the same request, passed on by a launcher
+PARENT_EVERY = 1.0  # seconds between looks at the parent
+ORPHAN_ENDS = 300.0  # seconds that a run may take to save once its parent is gone; then it ends without
+
+
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGTERM or SIGINT into a flag; a second one acts as it did before."""
-    received, before = False, dict[int, Any]()
+    """Turn the first SIGTERM or SIGINT, or the parent's death, into a flag; a later signal acts as before.
+
+    A launcher or a terminal that dies must not leave training behind. Who wants that says so: under `nohup`
+    the parent is not watched.
+    """
+    before, received, ended = dict[int, Any](), list[float](), threading.Event()
 
     def restore() -> None:
         for number, handler in before.items():
@@ -29,16 +40,28 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         before.clear()
 
     def receive(number: int, frame: Any) -> None:
-        nonlocal received
-        received = True
-        restore()
+        received.append(time.monotonic())
+        if received[-1] - received[0] > SAME_REQUEST:
+            restore()
+            signal.raise_signal(number)
+
+    def watch(parent: int) -> None:
+        while not ended.wait(PARENT_EVERY):
+            if os.getppid() != parent:
+                received.append(time.monotonic())
+                if not ended.wait(ORPHAN_ENDS):
+                    os._exit(1)  # it waits for processes that are gone as well
+                return
 
     if threading.current_thread() is threading.main_thread():  # python delivers signals to no other
         for number in (signal.SIGTERM, signal.SIGINT):
             before[number] = signal.signal(number, receive)
+    if not hasattr(signal, "SIGHUP") or signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
     try:
-        yield lambda: received
+        yield lambda: bool(received)
     finally:
+        ended.set()
         restore()
 
 

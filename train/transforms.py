@@ -73,7 +73,7 @@ class TrainTransform:
 
     Attributes:
         image_size: S, pixels.
-        scale: least and greatest share of the image's area that a crop takes.
+        scale: least and greatest share of the image's area that a crop takes; from 1 on, all of it.
         ratio: least and greatest width by height of a crop.
         flip: chance of a mirror image; 0 wherever captions tell left from right.
         mean: of each channel, in [0, 1].
@@ -89,6 +89,8 @@ class TrainTransform:
 
     def box(self, width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
         """A crop of an image of that size: left, upper, right, lower, pixels."""
+        if self.scale[0] >= 1:
+            return 0, 0, width, height
         low, high = map(math.log, self.ratio)
         for _ in range(TRIES):
             area = width * height * random.uniform(*self.scale)

@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(json=args.json, quiet=args.quiet)
     try:
         with _quiet_libraries(console, args.debug):
+            if getattr(args, "encoder", None):
+                import_module("blip2.encoders").import_encoder(args.encoder)
             code = import_module(f"blip2.cli.{args.module}").run(args, console)
         sys.stdout.flush()
         return code

@@ -178,6 +178,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_machine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    parser.add_argument(
+        "--encoder",
+        metavar="MODULE:FUNCTION",
+        help="import the image encoder of a model that was trained with a function of one's own",
+    )
     parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 or mps")
     parser.add_argument(
@@ -189,7 +194,8 @@ def _add_style(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--style",
         choices=STYLES,
-        help="'Question: ... Answer:', '... Short answer:', or the text as it is; default: the model's own",
+        help="'Question: ... Answer:' (chat models: their own frame), '... Short answer:', or the text as it "
+        "is; default: the model's own",
     )
     parser.add_argument(
         "--describe",

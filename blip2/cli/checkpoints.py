@@ -1,6 +1,7 @@
 """`info`, `download` and `convert`: the checkpoints there are, getting them, and LAVIS files as folders."""
 
 import argparse
+import math
 import re
 from collections import Counter
 from typing import Any
@@ -10,12 +11,12 @@ from torch import nn
 from transformers import Blip2Config
 
 from blip2.base import Blip2Base
-from blip2.checkpoint import UNQUANTIZED, is_available, locate
+from blip2.checkpoint import EXTERNAL, UNQUANTIZED, is_available, locate
 from blip2.cli.console import Console, UsageError, table
 from blip2.cli.models import DOES, find_preset
 from blip2.devices import device_advice
 from blip2.download import download
-from blip2.layout import STAGE1_EXTRAS, CheckpointError, read_layout
+from blip2.layout import STAGE1_EXTRAS, CheckpointError, read_layout, readers
 from blip2.model import Blip2
 from blip2.presets import PRECISIONS, PRESETS, Preset, memory, suggestions
 from blip2.representation import Blip2Representation
@@ -96,6 +97,7 @@ def describe(args: argparse.Namespace, console: Console) -> int:
     """One model, from its configuration and the names in its files: no weights are read or needed."""
     preset = find_preset(args.model)
     stored: set[str] | None = None
+    external = 0
     if preset is not None and preset.repo_id:
         name, config, stage1 = preset.name, preset.config(), preset.kind == "match"
     else:
@@ -107,19 +109,24 @@ def describe(args: argparse.Namespace, console: Console) -> int:
             raise UsageError(str(error)) from error
         layout = read_layout(folder)
         config, stage1, stored = layout.config, layout.stage1, set(layout.shapes)
+        external = sum(math.prod(shape) for key, shape in layout.shapes.items() if key.startswith(EXTERNAL))
     with torch.device("meta"):
         model: Blip2Base = (Blip2Representation if stage1 else Blip2)(config)
     document: dict[str, Any] = {"name": name, "kind": "match" if stage1 else "generate"}
     if preset is not None:
         document |= _preset_document(preset)
     parts = _parts(model, stored)
+    parts["image encoder"] += external
+    trainable = _trainable(model)
+    trainable["fine-tuning"] += external
     parameters = sum(parts.values())
     shares = _memory_shares(model)
     document |= {
         "parameters": parameters,
         "parts": parts,
-        "trainable": _trainable(model),
+        "trainable": trainable,
         "sizes": _sizes(config, stage1),
+        "readers": readers(config),
         "memory": {precision: memory(parameters, *shares, precision) for precision in PRECISIONS},
     }
     console.show(document, _description(document))
@@ -177,13 +184,17 @@ def _memory_shares(model: Blip2Base) -> tuple[int, int]:
 def _sizes(config: Blip2Config, stage1: bool) -> dict[str, Any]:
     vision, qformer, text = config.vision_config, config.qformer_config, config.text_config
     sizes = {
-        "image encoder": {
-            "image_size": vision.image_size,
-            "patch_size": vision.patch_size,
-            "width": vision.hidden_size,
-            "layers": vision.num_hidden_layers,
-            "heads": vision.num_attention_heads,
-        },
+        "image encoder": _known(
+            {
+                "type": vision.model_type if config.model_type == "blip2-any" else None,
+                "source": getattr(vision, "source", None),
+                "image_size": getattr(vision, "image_size", None),
+                "patch_size": getattr(vision, "patch_size", None),
+                "width": vision.hidden_size,
+                "layers": getattr(vision, "num_hidden_layers", None),
+                "heads": getattr(vision, "num_attention_heads", None),
+            }
+        ),
         "Q-Former": {
             "queries": config.num_query_tokens,
             "width": qformer.hidden_size,
@@ -203,13 +214,16 @@ def _sizes(config: Blip2Config, stage1: bool) -> dict[str, Any]:
     return sizes
 
 
+def _known(sizes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in sizes.items() if value is not None}
+
+
 def _description(document: dict[str, Any]) -> list[str]:
     head = [f"{document['name']}: {DOES[document['kind']]}"]
     if document.get("repo_id"):
         size = _size(document["download_bytes"])
         head.append(f"{document['repo_id']}, {size} download, {document['status']}")
-    if "license" in document:
-        head.append(document["license"])
+    head += [document[name] for name in ("license", "readers") if document.get(name)]
     parts = [*document["parts"].items(), ("all", document["parameters"])]
     lines = [*head, "", *table(("part", "parameters"), [(part, f"{count:,}") for part, count in parts])]
     trainable = [(stage, f"{count:,}") for stage, count in document["trainable"].items()]

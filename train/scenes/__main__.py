@@ -68,6 +68,13 @@ def evaluate(args: argparse.Namespace) -> None:
     print(json.dumps(found, indent=2))
 
 
+def shards(args: argparse.Namespace) -> None:
+    """Write scenes and captions as tar shards."""
+    from train.scenes.pack import write
+
+    write(args.out, args.scenes, args.validation, args.captions)
+
+
 def novelty(args: argparse.Namespace) -> None:
     """Print which pictures a checkpoint says it does not know; with --fit, have it learn that first."""
     from blip2 import checkpoint
@@ -112,6 +119,13 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, default=64)
     command.add_argument("--threads", type=int, default=1)
     command.set_defaults(run=encoder)
+
+    command = commands.add_parser("shards", help="write scenes and captions as tar shards to train on")
+    command.add_argument("--out", type=Path, default=Path("runs/scenes/shards"), help="folder; resumable")
+    command.add_argument("--scenes", type=int, default=20_000, help="training scenes")
+    command.add_argument("--validation", type=int, default=500, help="held-out scenes")
+    command.add_argument("--captions", type=int, default=8, help="of each scene; training draws one")
+    command.set_defaults(run=shards)
 
     command = commands.add_parser("build", help="train the embedded checkpoints from nothing; resumable")
     command.add_argument("--jobs", type=int, default=2, help="phases side by side, a thread each")

@@ -73,10 +73,11 @@ def encoder_config() -> Blip2VisionConfig:
     )
 
 
-def normalize(pixels: Tensor) -> Tensor:
-    """uint8 (B, S, S, 3) -> float pixel_values (B, 3, S, S), with BLIP-2's mean and deviation."""
-    mean, std = torch.tensor(OPENAI_CLIP_MEAN), torch.tensor(OPENAI_CLIP_STD)
-    return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+def normalize(
+    pixels: Tensor, mean: Sequence[float] = OPENAI_CLIP_MEAN, std: Sequence[float] = OPENAI_CLIP_STD
+) -> Tensor:
+    """uint8 (B, S, S, 3) -> float pixel_values (B, 3, S, S), by default with BLIP-2's mean and deviation."""
+    return ((pixels.float() / 255 - torch.tensor(mean)) / torch.tensor(std)).permute(0, 3, 1, 2).contiguous()
 
 
 def load_encoder(folder: Path) -> VisionTransformer:

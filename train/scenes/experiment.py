@@ -85,7 +85,7 @@ def random_start(out: Path, seed: int) -> None:
     """Write a stage-1 model that was never trained, for stage 2 to start from."""
     distributed.seed_everything(seed)
     objective, processor = pretrain.start(RECIPES["scenes-stage1"]())
-    checkpoint.save(objective.model, processor, out / "model")  # type: ignore[arg-type]
+    checkpoint.save(objective.model, processor, out / "model")
 
 
 def built_start(out: Path) -> None:
