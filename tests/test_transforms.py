@@ -97,3 +97,11 @@ def test_large_jpegs_are_decoded_smaller_and_look_the_same():
 def test_what_is_no_image_is_refused(data):
     with pytest.raises(ImageError):
         decode(data, 100)
+
+
+def test_no_crop_keeps_everything():
+    transform = TrainTransform(image_size=32, scale=None, flip=0.0)
+    assert transform.box(64, 20, np.random.default_rng(0)) == (0, 0, 64, 20) and transform.wanted >= 64
+    image = picture(64, 20)
+    seen = transform(image, np.random.default_rng(0))
+    torch.testing.assert_close(seen, preprocess([image], 32)[0])

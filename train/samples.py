@@ -113,7 +113,7 @@ class Encoder(TaskEncoder):
         self.transforms = {
             folder: TrainTransform(
                 image_size,
-                scale=(source.crop, 1.0),
+                scale=(source.crop, 1.0) if source.crop < 1 else None,
                 flip=source.flip,
                 mean=source.mean or mean,
                 std=source.std or std,

@@ -73,7 +73,7 @@ class TrainTransform:
 
     Attributes:
         image_size: S, pixels.
-        scale: least and greatest share of the image's area that a crop takes; from 1 on, all of it.
+        scale: least and greatest share of the image's area that a crop takes; None: no crop.
         ratio: least and greatest width by height of a crop.
         flip: chance of a mirror image; 0 wherever captions tell left from right.
         mean: of each channel, in [0, 1].
@@ -81,7 +81,7 @@ class TrainTransform:
     """
 
     image_size: int = 224
-    scale: tuple[float, float] = (0.5, 1.0)
+    scale: tuple[float, float] | None = (0.5, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     mean: Sequence[float] = CLIP_MEAN
@@ -89,7 +89,7 @@ class TrainTransform:
 
     def box(self, width: int, height: int, random: np.random.Generator) -> tuple[int, int, int, int]:
         """A crop of an image of that size: left, upper, right, lower, pixels."""
-        if self.scale[0] >= 1:
+        if self.scale is None:
             return 0, 0, width, height
         low, high = map(math.log, self.ratio)
         for _ in range(TRIES):
@@ -110,7 +110,8 @@ class TrainTransform:
     @property
     def wanted(self) -> int:
         """Pixels a side that an image needs for every crop to have at least twice those of the result."""
-        return math.ceil(2 * self.image_size / math.sqrt(self.scale[0] * min(1.0, self.ratio[0])))
+        least = self.scale[0] if self.scale else 1.0
+        return math.ceil(2 * self.image_size / math.sqrt(least * min(1.0, self.ratio[0])))
 
     def __call__(self, image: Image.Image, random: np.random.Generator) -> Tensor:
         """An RGB image -> float32 (3, S, S)."""
