@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from train.shards import add_sample, write_metadata, write_tar
+from train.data.shards import add_sample, write_metadata, write_tar
 
 
 def picture(number, size=12, kind="PNG"):

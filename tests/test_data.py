@@ -19,11 +19,12 @@ import pytest
 import torch
 
 from blip2.images import preprocess
-from train import data, samples
-from train.data import shards_loader
+from train.data import loader as data
+from train.data import samples
+from train.data.loader import shards_loader
+from train.data.transforms import clean_caption
 from train.loader import DataError
 from train.recipes import RecipeError, Shards, Source
-from train.transforms import clean_caption
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +387,7 @@ SIGNALLED = """
 import itertools, os, signal, sys, time
 sys.path.insert(0, "tests")
 import making as made
-from train.data import shards_loader
+from train.data.loader import shards_loader
 from train.recipes import Shards
 source = shards_loader(Shards({sys.argv[1]: 1.0}), made.tokenize, 8, image_size=8, seed=3, workers=2)
 steps = iter(source)

@@ -11,10 +11,10 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from train import distributed
-from train.data import shards_loader
+from train.data.loader import shards_loader
+from train.data.samples import concatenate
 from train.engine import FitConfig, fit, make_accelerator
 from train.recipes import Shards
-from train.samples import concatenate
 
 
 class Tiny(nn.Module):

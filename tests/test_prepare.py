@@ -13,9 +13,11 @@ import making as made
 import pytest
 from PIL import Image
 
-from train import data, shards
+from train.data import __main__ as command
+from train.data import loader as data
+from train.data import shards
+from train.data.shards import PrepareError, write_shards
 from train.recipes import Shards
-from train.shards import PrepareError, write_shards
 
 
 def jpeg(path, number=0):
@@ -29,7 +31,7 @@ def dump(path, content):
 
 
 def prepare(*arguments):
-    return data.main(["prepare", *map(str, arguments), "--workers", "1"])
+    return command.main(["prepare", *map(str, arguments), "--workers", "1"])
 
 
 def read(folder):
@@ -340,7 +342,7 @@ def test_a_full_disk_leaves_whole_shards_only(tmp_path, capsys, monkeypatch):
 
 
 def test_workers_write_the_same_shards(tmp_path):
-    from train.records import pairs
+    from train.data.records import pairs
 
     path = table(tmp_path, 12)
     counts = [write_shards(pairs(path, tmp_path), tmp_path / str(w), per_shard=4, workers=w) for w in (1, 2)]

@@ -9,7 +9,7 @@ from PIL import Image
 
 from blip2.errors import ImageError
 from blip2.images import open_image, preprocess
-from train.transforms import TrainTransform, clean_caption, clean_question, decode, normalize
+from train.data.transforms import TrainTransform, clean_caption, clean_question, decode, normalize
 
 
 @pytest.mark.parametrize(

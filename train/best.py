@@ -55,8 +55,8 @@ class Best:
             told = f"{self.metric} has fallen from {self.value:.4g} to {value:.4g}"
             if self.fallen:
                 raise CollapseError(
-                    f"step {step}: {told}: the model unlearns to look at the picture. "
-                    f"The best weights are in {self.folder}. A lower learning rate, more or cleaner data, or fewer steps help; "
+                    f"step {step}: {told}: the model unlearns to look at the picture. The best weights are "
+                    f"in {self.folder}. A lower learning rate, more or cleaner data, or fewer steps help; "
                     "--collapse 0 trains on regardless"
                 )
             self.fallen = True

@@ -86,7 +86,7 @@ def _shards(folder: Path) -> Path:
     if not (made / ".nv-meta" / "dataset.yaml").exists():
         if distributed.promised() > 1:
             raise RecipeError(f"run `python -m train.data prepare pairs {tables[0]} {made}` first, once")
-        from train import prepare  # energon takes seconds to import
+        from train.data import prepare  # energon takes seconds to import
 
         prepare.own(tables[0], made, HELD_OUT, AT_MOST)
     return made

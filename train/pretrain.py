@@ -119,7 +119,7 @@ def _data(recipe: Recipe, processor: Processor) -> tuple[Callable[..., Loader], 
 
         return scenes, data.num_validation // recipe.batch_size
 
-    from train.data import shards_loader  # energon takes seconds to import
+    from train.data.loader import shards_loader  # energon takes seconds to import
 
     def shards(split: str = "train", shared: bool = False) -> Any:
         part: dict[str, Any] = {"rank": 0, "world_size": 1} if shared else {}

@@ -71,7 +71,7 @@ class Source:
     max_words: int = 50
     """A caption ends after so many; `max_text_length` of the recipe then counts tokens."""
     clean: bool = True
-    """Captions in lower case and without most signs (`train.transforms.clean_caption`)."""
+    """Captions in lower case and without most signs (`train.data.transforms.clean_caption`)."""
     prefix: str = ""
     """Put before every caption, after cleaning; a blank at its end is yours to add."""
     flip: float = 0.5

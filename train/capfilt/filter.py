@@ -26,7 +26,7 @@ from train.capfilt.models import (
 )
 from train.capfilt.sampling import Sampling, chances
 from train.capfilt.shards import Item, Samples, ShardError, ShardWriter, Store, batches, index
-from train.transforms import clean_caption
+from train.data.transforms import clean_caption
 
 COUNTS = ("images", "texts_kept", "candidates", "with_original", "original_kept", "original_best")
 

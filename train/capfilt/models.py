@@ -30,7 +30,7 @@ from blip2 import checkpoint
 from blip2.devices import choose_device
 from blip2.presets import PRESETS, resolve, suggestions
 from train.capfilt.sampling import Sample, Sampling, options
-from train.transforms import clean_caption
+from train.data.transforms import clean_caption
 
 OURS = ("blip-2", "instructblip", "blip2-any")  # model types that `blip2.load` reads
 MATCHING = "Blip2ForImageTextRetrieval"  # the architecture of stage 1

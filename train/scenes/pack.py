@@ -11,10 +11,10 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from train.data.shards import add_sample, write_atomically, write_metadata, write_tar
 from train.recipes import Scenes, Source
 from train.scenes.text import telling_caption
 from train.scenes.world import render, sample
-from train.shards import add_sample, write_atomically, write_metadata, write_tar
 
 PER_SHARD = 1000
 SOURCE = Source(clean=False, flip=0.0, crop=1.0)  # captions say left and right, count, and are clean already

@@ -17,9 +17,9 @@ from typing import Literal
 import tyro
 from tyro.conf import Positional
 
-from train import records
-from train.records import AnnotationError, Record
-from train.shards import PrepareError, tell, write_metadata, write_shards
+from train.data import records
+from train.data.records import AnnotationError, Record
+from train.data.shards import PrepareError, tell, write_metadata, write_shards
 
 
 @dataclass(frozen=True)

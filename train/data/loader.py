@@ -5,7 +5,7 @@
 
 `shards_loader` gives the loader that `fit` takes; docs/data.md describes the shards. Every rank has `workers`
 energon workers, and world size x workers is what fixes the order of the samples: two processes with one
-worker each read what one process with two reads. `train/samples.py` is what happens within a worker.
+worker each read what one process with two reads. `train/data/samples.py` is what happens within a worker.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from megatron.energon.wrappers import ConcatDataset, RepeatDataset
 from blip2.images import CLIP_MEAN, CLIP_STD
 from train import distributed
 from train.captions import Tokenize
+from train.data.plain import from_plain, to_plain
+from train.data.reading import open_folders
+from train.data.samples import Encoder, concatenate, describe
 from train.loader import Batch, DataError
-from train.plain import from_plain, to_plain
-from train.reading import open_folders
 from train.recipes import Shards, Source
-from train.samples import Encoder, concatenate, describe
 
 log = logging.getLogger("train.data")
 SKIP_LIMIT, SKIP_LEAST = 0.01, 1000  # stop above this share, once so many samples were drawn
@@ -296,22 +296,3 @@ class _InitWorker:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads did not survive the fork
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The commands: prepare and bench."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["prepare"]:
-        from train import prepare
-
-        return prepare.main(arguments[1:])
-    if arguments[:1] == ["bench"]:
-        from train import loaderbench
-
-        return loaderbench.main(arguments[1:])
-    print("python -m train.data prepare -h, or python -m train.data bench -h")
-    return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -24,11 +24,11 @@ from PIL import Image
 from torch import Tensor
 from tyro.conf import Positional
 
-from train.data import shards_loader
+from train.data.loader import shards_loader
+from train.data.records import IMAGES
+from train.data.shards import add_sample, write_metadata, write_tar
+from train.data.transforms import TrainTransform, normalize
 from train.recipes import Shards
-from train.records import IMAGES
-from train.shards import add_sample, write_metadata, write_tar
-from train.transforms import TrainTransform, normalize
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 

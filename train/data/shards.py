@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from blip2.errors import ImageError
 from blip2.images import open_image
-from train.records import IMAGES, Record
+from train.data.records import IMAGES, Record
 
 PARTS = ("train", "val", "test")
 

@@ -1,0 +1,1 @@
+"""Image-text shards: made (`prepare`), read by megatron-energon (`loader`), mixed, and measured (`bench`)."""
