@@ -19,8 +19,9 @@ from blip2.generation import Generation, generate
 from blip2.language import Manners
 from blip2.ui import build, launch
 from train import pretrain, recipes
+from train.datasets import Scenes
 from train.engine import FitConfig
-from train.recipes import QFormerConfig, Scenes
+from train.recipes import QFormerConfig
 
 FIT = FitConfig(steps=3, learning_rate=1e-3, warmup_steps=1, precision="fp32", log_every=3)
 QFORMER = QFormerConfig(

@@ -23,8 +23,8 @@ from train.data import loader as data
 from train.data import samples
 from train.data.loader import shards_loader
 from train.data.transforms import clean_caption
+from train.datasets import RecipeError, Shards, Source
 from train.loader import DataError
-from train.recipes import RecipeError, Shards, Source
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +388,7 @@ import itertools, os, signal, sys, time
 sys.path.insert(0, "tests")
 import making as made
 from train.data.loader import shards_loader
-from train.recipes import Shards
+from train.datasets import Shards
 source = shards_loader(Shards({sys.argv[1]: 1.0}), made.tokenize, 8, image_size=8, seed=3, workers=2)
 steps = iter(source)
 first = next(steps)

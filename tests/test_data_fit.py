@@ -13,8 +13,8 @@ from torch import nn
 from train import distributed
 from train.data.loader import shards_loader
 from train.data.samples import concatenate
+from train.datasets import Shards
 from train.engine import FitConfig, fit, make_accelerator
-from train.recipes import Shards
 
 
 class Tiny(nn.Module):

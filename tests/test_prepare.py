@@ -17,7 +17,7 @@ from train.data import __main__ as command
 from train.data import loader as data
 from train.data import shards
 from train.data.shards import PrepareError, write_shards
-from train.recipes import Shards
+from train.datasets import Shards
 
 
 def jpeg(path, number=0):

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from blip2.images import CLIP_MEAN, CLIP_STD
 from train import distributed
+from train.datasets import Scenes
 from train.loader import Batch, IndexLoader
-from train.recipes import Scenes
 
 Tokenize = Callable[[Sequence[str], np.random.Generator], dict[str, Tensor]]
 

@@ -4,7 +4,7 @@
     python -m train.pretrain stage2-opt-2-7b --folder my/pictures --start-from runs/stage1-vitg-pictures/model
 
 The folder holds shards (docs/data.md), or a .csv or .jsonl beside its images, which is made into shards once.
-A `source.json` in it says how it is read: the fields of `train.recipes.Source`.
+A `source.json` in it says how it is read: the fields of `train.datasets.Source`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import math
 from pathlib import Path
 
 from train import distributed
-from train.recipes import Recipe, RecipeError, Shards, Source
+from train.datasets import Shards, Source
+from train.recipes import Recipe, RecipeError
 
 EPOCHS = 10  # as LAVIS's public configurations on COCO and Visual Genome
 BATCHES = 40  # at least in an epoch: smaller data sets get smaller batches

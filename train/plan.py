@@ -29,7 +29,8 @@ import torch
 import tyro
 
 from train.count import Counts, count
-from train.recipes import RECIPES, Execution, Recipe, RecipeError, Shards
+from train.datasets import Shards
+from train.recipes import RECIPES, Execution, Recipe, RecipeError
 from train.shapes import batch, build, parts, sizes
 
 PEAK = {

@@ -31,6 +31,7 @@ from blip2.processing import Processor
 from train import distributed, plan, weights
 from train.best import CollapseError, load_best
 from train.captions import scenes_loader, tokenize_for
+from train.datasets import Scenes
 from train.domain import domain
 from train.engine import Evaluate, NonFiniteError, Result, fit, make_accelerator
 from train.execution import prepare
@@ -39,7 +40,7 @@ from train.log import say
 from train.objectives import Objective, Stage1, Stage2
 from train.plan import work_per_pair
 from train.probe import Probe
-from train.recipes import RECIPES, Recipe, RecipeError, Scenes
+from train.recipes import RECIPES, Recipe, RecipeError
 from train.smoke import smoke
 from train.start import finished
 from train.start import start as start_model

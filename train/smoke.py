@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from blip2 import checkpoint
 from blip2.presets import PRESETS
 from train import distributed
-from train.recipes import RECIPES, Recipe, Scenes
+from train.datasets import Scenes
+from train.recipes import RECIPES, Recipe
 
 STEPS, MINUTES, PAIRS, SCENES = 600, 3.5, 48, 20_000
 

@@ -28,7 +28,7 @@ from train.data.loader import shards_loader
 from train.data.records import IMAGES
 from train.data.shards import add_sample, write_metadata, write_tar
 from train.data.transforms import TrainTransform, normalize
-from train.recipes import Shards
+from train.datasets import Shards
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
 

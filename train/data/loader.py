@@ -32,8 +32,8 @@ from train.captions import Tokenize
 from train.data.plain import from_plain, to_plain
 from train.data.reading import open_folders
 from train.data.samples import Encoder, concatenate, describe
+from train.datasets import Shards, Source
 from train.loader import Batch, DataError
-from train.recipes import Shards, Source
 
 log = logging.getLogger("train.data")
 SKIP_LIMIT, SKIP_LEAST = 0.01, 1000  # stop above this share, once so many samples were drawn

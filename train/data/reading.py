@@ -23,8 +23,8 @@ from megatron.energon.flavors.webdataset.config import split_name_re
 from megatron.energon.flavors.webdataset.structs import ShardInfo
 from multistorageclient.types import Range
 
+from train.datasets import Shards
 from train.loader import DataError
-from train.recipes import Shards
 
 BLOCK = 512  # bytes; all of a tar archive comes in them
 

@@ -25,8 +25,8 @@ from blip2.images import open_image
 from train.captions import Tokenize
 from train.data.records import IMAGES
 from train.data.transforms import TrainTransform, clean_caption, decode, normalize
+from train.datasets import Source
 from train.loader import Batch, DataError
-from train.recipes import Source
 
 KINDS = ("broken image", "empty caption", "broken record", "unreadable shard")
 EXAMPLES = 3  # names of skipped samples that are kept for each kind

@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from train.data.shards import add_sample, write_atomically, write_metadata, write_tar
-from train.recipes import Scenes, Source
+from train.datasets import Scenes, Source
 from train.scenes.text import telling_caption
 from train.scenes.world import render, sample
 
