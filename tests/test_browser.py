@@ -310,6 +310,7 @@ def test_drawing_by_finger(visit):
     ask(page, "what is it?")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not embedded(), reason="needs the embedded checkpoints")
 def test_embedded_model_knows_drawings(visit, capsys):
     with serving(tiny=False) as real:

@@ -100,7 +100,9 @@ def drawn(page):
     page.get_by_role("tab", name="Draw").click()
 
 
-@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize(
+    "look", ["light", *(pytest.param(n, marks=pytest.mark.long) for n in LOOKS if n != "light")]
+)
 def test_axe_finds_nothing_of_ours(visit, axe, look):
     page = visit(**LOOKS[look])
     page.evaluate(axe)

@@ -3,6 +3,7 @@
 import json
 import zipfile
 
+import pytest
 from browsing import (
     MARKS,
     ask,
@@ -131,6 +132,7 @@ def test_enter_sends_and_shift_enter_breaks_the_line(visit):
     expect(page.locator("#chat-receipt code")).to_contain_text("one\ntwo?")
 
 
+@pytest.mark.long
 def test_a_visitor_in_line_is_told_the_place(visit):
     with serving(tiny=True, pace=0.3) as slow:
         pages = [visit(slow.url) for _ in range(4)]

@@ -72,6 +72,7 @@ def read_csv(download):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.long
 def test_preview_stop_and_go_on(visit, app, pictures):
     page = visit()
     rows = open_folder(page)

@@ -95,6 +95,7 @@ def test_thirty_uploads_in_a_row(visit, tmp_path, app):
     assert "picture-29.png" in name, name
 
 
+@pytest.mark.long
 def test_tabs_closed_in_the_midst_leave_the_model_free(visit, app):
     pages = [visit() for _ in range(3)]
     for page in pages:

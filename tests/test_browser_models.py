@@ -74,6 +74,7 @@ def test_missing_model_says_the_command(visit):
     ask(page, "what is it?")
 
 
+@pytest.mark.long
 def test_real_model_offline_says_the_command(visit):
     with serving(best="blip2-flan-t5-xl@nf4") as app:
         page = visit(app.url)
@@ -112,6 +113,7 @@ def test_another_choice_during_a_load(visit, slow_app, folders):
     expect(page.locator("#chat-receipt")).to_contain_text("Sent to scenes-flan-t5")
 
 
+@pytest.mark.long
 def test_real_model_is_downloaded_cancelled_and_gone_on_with(visit, slow_app):
     page = visit(slow_app.url)
     about(page)

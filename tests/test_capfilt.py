@@ -361,6 +361,7 @@ def test_a_sample_does_not_depend_on_its_neighbors(loaded, tmp_path):
     assert [less[key]["captions"] for key in "12345"] == [whole[key]["captions"] for key in "12345"]
 
 
+@pytest.mark.long
 def test_workers_decode_the_same(uninterrupted, loaded, tmp_path):
     folder, _ = uninterrupted
     run.run(settings(folder / "in", tmp_path / "out", workers=1))

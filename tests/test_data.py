@@ -88,7 +88,7 @@ def test_an_epoch_takes_every_sample_once_and_each_caption_comes_up(folders):
     assert len({bytes(c for c in caption if c) for caption in captions}) > 200  # of 240
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_ten_batches_are_five_and_five_restored(folders, workers):
     unbroken = loader(folders, workers=workers)
     steps = iter(unbroken)
@@ -114,7 +114,7 @@ def test_the_state_of_another_order_is_refused(folders):
             other.load_state_dict(state)
 
 
-@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize("micro", [None, pytest.param(2, marks=pytest.mark.long)])
 def test_two_processes_read_what_two_workers_read(folders, micro):
     one = loader(folders, workers=2, micro_batch_size=micro)
     ranks = [
@@ -211,7 +211,7 @@ def test_a_data_set_can_bring_its_decoder(folders):
 # --- what cannot be used ---
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_half_a_percent_of_broken_samples_is_reported(tmp_path, caplog, workers):
     folder = made.make(tmp_path / "web", 1000, broken=(10, 500, 900), wordless=(30, 31), size=2)
     source = loader([folder], batch=50, workers=workers)

@@ -104,6 +104,7 @@ def test_a_launcher_that_is_told_to_end(parts, tmp_path):
     assert result.returncode == 2 and "fit.steps" in result.stderr  # another length is another run
 
 
+@pytest.mark.long
 def test_a_rank_that_is_told_to_end(parts, tmp_path):
     """A signal to one training process ends both with exit code 0, which the launcher passes on."""
     with training(PAIR + arguments(parts, tmp_path / "run", *LONG), tmp_path / "log") as process:
@@ -126,6 +127,7 @@ def test_a_rank_that_dies(parts, tmp_path):
     assert "error: rank 0 lost another process" in said and "to go on:" in said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kept", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_parent_that_dies(kept, parts, tmp_path):
     """Training saves and ends; under nohup it stays."""

@@ -97,6 +97,7 @@ def check(app, browser, folder, count):
             context.close()
 
 
+@pytest.mark.long
 @NEEDS
 @pytest.mark.browser
 def test_six_visitors_at_once(app, browser, tmp_path):

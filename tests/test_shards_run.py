@@ -76,6 +76,7 @@ def test_ten_steps_equal_five_and_five(stage, parts, whole, tmp_path):
     assert len({line["loss"] for line in lines(tmp_path / "run") if "loss" in line}) == 10
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
 @pytest.mark.parametrize("stage", ["stage1", pytest.param("t5", marks=pytest.mark.long)])
 def test_a_run_that_is_told_to_end_goes_on(number, stage, parts, tmp_path):
