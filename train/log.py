@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from train import distributed
+
+
+tqdm.set_lock(threading.RLock())  # its own spans processes, and a killed one would never give it back
 
 
 def say(text: str) -> None:
