@@ -412,6 +412,7 @@ def alive(pid):
         return False
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_workers_outlive_signals_but_not_their_process(folders, killed):
     command = [sys.executable, "-c", SIGNALLED, folders[0], *(["kill"] if killed else [])]
@@ -425,6 +426,7 @@ def test_workers_outlive_signals_but_not_their_process(folders, killed):
     assert not any(map(alive, workers))
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_ends_it_with_a_message(folders):
     script = SIGNALLED.split("for name in")[0] + "os.kill(workers[0], signal.SIGKILL)\nfor _ in steps: pass"
     done = subprocess.run(

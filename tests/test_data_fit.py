@@ -64,6 +64,7 @@ class Stop:
             yield batch
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_that_was_cut_off_ends_as_the_whole_one(folder, tmp_path, workers):
     whole = train(folder, tmp_path / "whole", 8, workers)

@@ -65,6 +65,7 @@ def measured(objective, batch, precision):
     return peak
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "micro", "again", "precision"),
     [

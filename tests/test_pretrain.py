@@ -341,7 +341,14 @@ def test_stage1_goes_on_from_a_stage1_model(stage1, parts, tmp_path, capsys):
     assert "is a stage-2 model; stage 1 starts from an encoder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["stage1-vitg", "stage2-opt-2-7b", "stage2-flan-t5-xl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stage1-vitg",
+        pytest.param("stage2-opt-2-7b", marks=pytest.mark.long),
+        pytest.param("stage2-flan-t5-xl", marks=pytest.mark.long),
+    ],
+)
 def test_any_recipe_runs_small(name, tmp_path, monkeypatch):
     """--smoke: the recipe's own objectives, precisions and optimizer on drawn scenes, to a model."""
     AcceleratorState._reset_state()  # it keeps the precision of the tests before

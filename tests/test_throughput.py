@@ -172,6 +172,7 @@ def bf16():
     AcceleratorState._reset_state()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command(name, small, bf16, tmp_path, capsys):
     files = {"profile": tmp_path / "trace.json", "json": tmp_path / "figures.json"}

@@ -5,8 +5,9 @@ minimized, the others are logged. The loop knows nothing else of it. `accelerate
 precision, the distributed wrapper and the trackers; the training state is ours (`train/state.py`). There are
 no callbacks: logging, evaluation, saving and stopping are the `if`s of the loop.
 
-Within a step the host never waits for the device. A step whose loss or gradient norm is not finite is
-cancelled on the device, and the host, which reads the flag one step later, stops and names the samples.
+Within a step nothing here waits for the device; transformers' language models do so twice, over their
+attention masks. A step whose loss or gradient norm is not finite is cancelled on the device, and the host,
+which reads the flag one step later, stops and names the samples.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from train import distributed
 
-
 tqdm.set_lock(threading.RLock())  # its own spans processes, and a killed one would never give it back
 
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
-from train.datasets import RecipeError, Scenes, Shards
+from train.datasets import RecipeError, Scenes, Shards, Source
 from train.engine import FitConfig
 
 
@@ -332,3 +333,10 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
         scenes_stage2_flan_t5,
     )
 }
+
+
+def domain(recipe: Recipe, folder: str | Path, source: Source | None = None) -> Recipe:
+    """A recipe for your own pictures; see `train.domain`."""
+    from train.domain import domain as fitted  # which knows recipes
+
+    return fitted(recipe, folder, source)
