@@ -5,18 +5,16 @@ One pair of processes does everything and writes down what it saw; the tests com
 
 import os
 import signal
-import socket
-from pathlib import Path
 
 import lavis
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from pairing import run_pair
 from torch import nn
 
 from train import distributed, state
-from train.engine import FitConfig, fit, make_accelerator
+from train.engine import FitConfig, fit
 from train.loader import IndexLoader
 
 CONFIG = FitConfig(
@@ -97,18 +95,8 @@ def reference_step(rank):
 # --- the two processes ---
 
 
-def work(rank, folder, port):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        LOCAL_WORLD_SIZE="2",
-    )
-    torch.set_num_threads(1)
-    folder, seen = Path(folder), {}
-    accelerator = make_accelerator("fp32", cpu=True)
+def work(rank, folder, accelerator):
+    seen = {}
     seen["world"] = (distributed.rank(), distributed.world_size())
 
     x = torch.arange(4.0).reshape(2, 2) + 10 * rank
@@ -142,19 +130,14 @@ def work(rank, folder, port):
         fit(Contrast(), loader(acting(2, poison)), CONFIG, folder / "bad", accelerator=accelerator)
     except RuntimeError as error:
         seen["bad"] = str(error)
-    torch.save(seen, folder / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return seen
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """What the two ranks saw, and their folder."""
     folder = tmp_path_factory.mktemp("pair")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(str(folder), port), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)], folder
+    return run_pair(work, folder), folder
 
 
 def test_both_ranks_take_part(pair):

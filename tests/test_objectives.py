@@ -1,14 +1,11 @@
 """The stages' objectives: a batch in parts, or on two processes, is the whole batch; loss and gradients."""
 
 import json
-import os
-import socket
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
-import torch.multiprocessing as mp
+from pairing import run_pair
 from torch import nn
 
 from blip2.representation import sample_hard_negatives
@@ -165,13 +162,7 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def work(rank, folder, port):
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
-        WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-    )  # fmt: skip
-    torch.set_num_threads(1)
-    accelerator = make_accelerator("fp32", cpu=True)
+def work(rank, folder, accelerator):
     seen = {}
     for family in FAMILIES:
         for way in WAYS:
@@ -181,22 +172,16 @@ def work(rank, folder, port):
             prepare(trained, execution, accelerator.device)
             names = {type(p).__name__ for p in trained.parameters()}
             assert names == ({"Parameter", "DTensor"} if split else {"Parameter"})
-            path = Path(folder) / f"{family}-{way}"
+            path = folder / f"{family}-{way}"
             fit(trained, loader(family, rank, 2), CONFIG, path, accelerator=accelerator)
             weights = {n: p.detach() for n, p in trained.named_parameters() if p.requires_grad}
             seen[family, way] = (distributed.world_size(), log(path), weights)
-    torch.save(seen, Path(folder) / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return seen
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(str(folder), port), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return run_pair(work, tmp_path_factory.mktemp("pair"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

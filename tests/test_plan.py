@@ -10,7 +10,7 @@ import tiny
 import torch
 import tyro
 
-from train import count, execution, plan, recipes, shapes
+from train import count, execution, plan, pretrain, recipes, shapes
 from train.objectives import Stage1, Stage2
 from train.recipes import RECIPES, Execution, QFormerConfig, RecipeError
 
@@ -271,11 +271,10 @@ def test_sizes_that_nobody_knows():
 
 
 def test_the_command(capsys):
-    assert (
-        plan.main(["scenes-stage1", "--gpus", "2", "--plan", "--mfu", "0.1", "--micro-batch-size", "24"]) == 2
-    )
+    given = ["scenes-stage1", "--gpus", "2", "--plan", "--mfu", "0.1", "--micro-batch-size", "24"]
+    assert pretrain.main(given) == 2
     assert "its sizes are not known" in capsys.readouterr().err  # the drawn world's encoder has to be there
-    assert plan.main(["stage1-vitl", "--gpus", "7"]) == 2
+    assert pretrain.main(["stage1-vitl", "--plan", "--gpus", "7"]) == 2
     options, rest = plan.take_options(["stage1-vitl", "--plan", "--gpus", "2", "--steps", "7"])
     assert options["gpus"] == 2 and rest == ["stage1-vitl", "--steps", "7"]
 

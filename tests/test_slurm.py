@@ -54,7 +54,7 @@ def test_a_script_is_sound(path):
         words = line.split()
         name = next(i for i, word in enumerate(words) if word in RECIPES)
         assert (FOLDER.parent.parent / words[name - 1]).exists() or words[:2] == ["python", "-m"]
-        _, rest = plan.take_options(words[name:])
+        rest = plan.take_options([word for word in words[name:] if word != "--fetch"])[1]
         flat = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
         choices = {recipe: ("", make()) for recipe, make in RECIPES.items()}
         made = tyro.extras.overridable_config_cli(choices, args=[*rest, "--output", "x"], config=flat)

@@ -1,7 +1,7 @@
 """What a run will take, before any money is spent: memory per GPU, micro batches, speed, days, disk.
 
     python -m train.pretrain stage1-vitg --plan --gpus 8 --nodes 2 --gpu-memory 40
-    python -m train.plan --all --markdown         # the table of docs/pretraining.md
+    python -m train.plan                          # the table of docs/pretraining.md
 
 Everything here is computed, nothing measured. `train.count` takes one whole step of the full-size model
 without numbers; time follows from its floating-point operations and an assumed share of the GPU's peak (MFU,
@@ -20,13 +20,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import tyro
 
 from train.count import Counts, count
 from train.datasets import Shards
@@ -315,23 +313,5 @@ def take_options(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     return vars(options), [word for word in rest if word != "--plan"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a plan, or the table; 2: there is none."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if "--all" in given:
-        print(table())
-        return 0
-    options, rest = take_options(given)
-    choices = {name: (make.__doc__ or "", make()) for name, make in RECIPES.items()}
-    flat = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
-    recipe = tyro.extras.overridable_config_cli(choices, prog="python -m train.plan", args=rest, config=flat)
-    try:
-        print(plan(recipe, rest[0], **options))
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print(table())

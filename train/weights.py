@@ -1,6 +1,6 @@
 """The weights that the paper's recipes start from: where they come from, and how they get here.
 
-    python -m train.pretrain stage1-vitg --fetch      or      python -m train.weights stage1-vitg
+    python -m train.pretrain stage1-vitg --fetch
 
 A recipe names folders, `weights/vitg` and such. Each is written whole or not at all, in the form that
 training reads: an image encoder as config.json and model.safetensors under `VisionTransformer`'s names, cut
@@ -16,7 +16,6 @@ import base64
 import hashlib
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from blip2.download import download
 from blip2.errors import CheckpointError
 from blip2.presets import EVA, OPT_LICENSE, OPT_SIZES, OPT_TEXT, T5_SIZES, T5_TEXT
 from train.encoders import ENCODERS, find
-from train.recipes import RECIPES, Recipe, RecipeError
+from train.recipes import Recipe, RecipeError
 from train.weight_files import write_text_model, write_vision
 
 LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
@@ -313,23 +312,3 @@ def fetch_file(url: str, folder: Path) -> Path:
             raise CheckpointError(f"{url} arrived damaged and was removed: try again")
     part.replace(target)
     return target
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Fetch what recipes start from; 2: it could not be had."""
-    names = list(sys.argv[1:] if arguments is None else arguments)
-    unknown = [name for name in names if name not in RECIPES]
-    if unknown or not names:
-        print(f"usage: python -m train.weights RECIPE...; recipes: {', '.join(RECIPES)}", file=sys.stderr)
-        return 2
-    try:
-        for name in names:
-            fetch(RECIPES[name]())
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
