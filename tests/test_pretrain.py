@@ -234,7 +234,9 @@ def test_stage1_command(stage1, parts):
     assert config["recipe"] == "scenes-stage1" and config["fit"]["steps"] == 4
     assert config["qformer"]["num_query_tokens"] == 6 and config["data"]["num_scenes"] == 40
     last = json.loads((output / "log.jsonl").read_text().splitlines()[-1])
-    assert {"eval/loss_itc", "eval/loss_itm", "eval/loss_itg"} <= last.keys()
+    assert {"eval/loss_itc", "eval/loss_itm", "eval/loss_itg", "eval/retrieval"} <= last.keys()
+    [events] = output.rglob("events.out.tfevents.*")
+    assert b"eval/retrieval" in events.read_bytes() and b"its caption" in events.read_bytes()
     loaded = load(output / "model", device="cpu")
     frozen = loaded.model.vision_model.encoder.layers[0].mlp.fc1.weight
     with pytest.raises(AssertionError):

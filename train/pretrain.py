@@ -172,7 +172,13 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
     held_out = partial(load, split="validation")
     evaluations: list[Evaluate] = [
         mean_losses(held_out, batches),
-        Probe(processor, partial(held_out, shared=True), batches, output),
+        Probe(
+            processor,
+            partial(held_out, shared=True),
+            batches,
+            output,
+            say=lambda page, step: accelerator.log({"samples": page}, step=step),
+        ),
     ]
     if recipe.stage == 2 and isinstance(recipe.data, Scenes) and recipe.data.num_asked:
         evaluations.append(_answers(recipe, processor))
