@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import socket
+import sys
 from urllib.parse import urlsplit
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
@@ -19,6 +20,13 @@ def _is_local(host: object) -> bool:
     except ValueError:
         return False
     return address.is_loopback or address.is_unspecified
+
+
+@pytest.fixture(autouse=True)
+def fresh_precision():
+    """accelerate keeps one precision per process, which tests share."""
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state()
 
 
 @pytest.fixture(autouse=True)

@@ -104,6 +104,7 @@ def test_meter_sees_what_is_alive():
     assert (meter.now, meter.peak) == (0, 8000)
 
 
+@pytest.mark.long
 def test_work_of_stage1():
     """ViT-g takes 260.4 GMAC an image; recomputing adds at most a forward pass to three."""
     recipe, rows = recipes.stage1_vitg(), 4

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from accelerate.state import AcceleratorState
 from pretraining import OPTIONS, SMALL, make_parts
 from transformers import (
     BertConfig,
@@ -353,13 +352,11 @@ def test_stage1_goes_on_from_a_stage1_model(stage1, parts, tmp_path, capsys):
 )
 def test_any_recipe_runs_small(name, tmp_path, monkeypatch):
     """--smoke: the recipe's own objectives, precisions and optimizer on drawn scenes, to a model."""
-    AcceleratorState._reset_state()  # it keeps the precision of the tests before
     monkeypatch.setattr("train.smoke.STEPS", 4)
     monkeypatch.setattr("train.smoke.SCENES", 96)
     monkeypatch.chdir(tmp_path)
     assert pretrain.main([name, "--smoke", "--batch-size=8", "--num-validation=8", "--warmup-steps=1"]) == 0
     run = tmp_path / "runs" / "smoke" / name
     config = json.loads((run / "config.json").read_text())
-    AcceleratorState._reset_state()
     assert config["execution"]["vision_precision"] == "bfloat16" and config["fit"]["betas"] == [0.9, 0.98]
     assert load(run / "model", device="cpu").processor.image_size == 64

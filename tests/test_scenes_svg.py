@@ -33,6 +33,7 @@ def test_pictures_hold_the_colors_of_their_truth():
             assert 0.002 < np.any(near, 0).mean() < 0.2, (color, shape)
 
 
+@pytest.mark.long
 def test_the_embedded_model_names_them(capsys):
     found = figures(checkpoint.load("scenes-opt", precision="float32", device="cpu"))
     with capsys.disabled():
