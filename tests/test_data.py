@@ -5,6 +5,7 @@ import io
 import itertools
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,8 +20,9 @@ import pytest
 import torch
 
 from blip2.images import preprocess
+from train.data import __main__ as command
+from train.data import bench, samples
 from train.data import loader as data
-from train.data import samples
 from train.data.loader import shards_loader
 from train.data.transforms import clean_caption
 from train.datasets import RecipeError, Shards, Source
@@ -433,3 +435,12 @@ def test_a_worker_that_dies_ends_it_with_a_message(folders):
         [sys.executable, "-c", script, folders[0]], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 1 and "worker" in done.stderr and "killed" in done.stderr.lower()
+
+
+def test_the_benchmark_compares_with_plain_pillow(tmp_path, capsys):
+    """On photographs of its own, which it finds from wherever it lies."""
+    bench.make_photos(tmp_path, number=8)
+    given = ["bench", str(tmp_path), "--batch-size", "2", "--batches", "1", "--turns", "1", "--workers", "0"]
+    assert command.main(given) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"the loader reaches \d+\.\d% of it", said) and "8 images such as 500 x 375" in said

@@ -30,7 +30,7 @@ from train.data.shards import add_sample, write_metadata, write_tar
 from train.data.transforms import TrainTransform, normalize
 from train.datasets import Shards
 
-PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
+PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 
 
 @dataclass(frozen=True)
