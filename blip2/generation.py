@@ -116,15 +116,16 @@ def decode(
     generator.seed() if generation.seed is None else generator.manual_seed(generation.seed)
 
     state: dict[str, Any]
+    bridge = model.bridge  # once: what it knows of the language model holds for every token
     if model.is_decoder_only:
         cache = cache if cache is not None and len(ids) == 1 else TextCache()
-        inputs = model.bridge.prompt(soft, ids, mask)
+        inputs = bridge.prompt(soft, ids, mask)
         kept = cache.keep(ids[0].tolist(), soft.shape[1])
         embeds = inputs["inputs_embeds"][:, kept:]
         state = {"inputs_embeds": embeds, "past_key_values": cache.key_values, "logits_to_keep": 1}
-        state |= _from(kept, model.bridge.positions(inputs["attention_mask"]))
+        state |= _from(kept, bridge.positions(inputs["attention_mask"]))
     else:
-        inputs = model.bridge.join(soft, ids, mask)
+        inputs = bridge.join(soft, ids, mask)
         start = torch.full_like(ids[:, :1], config.decoder_start_token_id)
         state = {"encoder_outputs": language.get_encoder()(**inputs), "decoder_input_ids": start}
         state["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -151,7 +152,7 @@ def decode(
         if model.is_decoder_only:
             state = {"input_ids": token[:, None], "past_key_values": cache.key_values}
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            state |= _from(-1, model.bridge.positions(mask))
+            state |= _from(-1, bridge.positions(mask))
             unread = [int(token[0])]
         else:
             state["decoder_input_ids"] = token[:, None]

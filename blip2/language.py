@@ -8,6 +8,7 @@ What a decoder says ends with a token of its own, and a chat model's questions s
 `Manners`.
 """
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -145,14 +146,20 @@ class DecoderBridge(Bridge):
 
     padding_side = "left"
 
+    @functools.cached_property
+    def takes_positions(self) -> bool:
+        """Whether the language model is to be told positions; asked once, not for every token."""
+        model = self.language_model
+        return (
+            model.config.model_type != "opt" and "position_ids" in inspect.signature(model.forward).parameters
+        )
+
     def positions(self, attention_mask: Tensor) -> dict[str, Tensor]:
         """Padding has no place: without it a row has the positions, and the answer, it has alone.
 
         OPT and models with linear biases read this from the mask by themselves.
         """
-        model = self.language_model
-        takes = "position_ids" in inspect.signature(model.forward).parameters
-        if model.config.model_type == "opt" or not takes:
+        if not self.takes_positions:
             return {}
         return {"position_ids": (attention_mask.long().cumsum(1) - 1).clamp(min=0)}
 
