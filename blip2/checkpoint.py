@@ -36,6 +36,7 @@ from blip2.layout import (
 from blip2.model import Blip2
 from blip2.novelty import Novelty, UnknownPictureError
 from blip2.novelty import read as read_novelty
+from blip2.packed import pack
 from blip2.presets import DEFAULT, PRECISIONS, resolve, suggestions
 from blip2.processing import Processor
 from blip2.representation import Blip2Representation
@@ -137,6 +138,8 @@ def load(
                 f"{adapter} holds no adapter_config.json: an adapter is a folder that peft saved"
             )
         model.load_adapter(str(adapter))
+    else:
+        pack(model)
     novelty = read_novelty(folder, layout.config.qformer_config.encoder_hidden_size)
     return Loaded(model.eval(), processor, name, precision, where, folder, _notes(layout, precision), novelty)
 
