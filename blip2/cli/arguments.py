@@ -136,6 +136,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     deploy.add_argument("--dry-run", metavar="FOLDER", help="write the Space to a new folder; upload nothing")
 
+    bench = command("bench", "bench", "measure this package against transformers, on this machine")
+    _add_bench(bench)
+
     info = command("info", "checkpoints", "list the models, or describe one: parameters, sizes, memory")
     info.add_argument("model", nargs="?", metavar="MODEL", help="a name, a folder, or a Hub id in the cache")
     return parser
@@ -164,6 +167,47 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--preview", action="store_true", help="show the first five, and write nothing")
     group.add_argument("--batch-size", type=int, metavar="N", help="pictures at once (8)")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--size",
+        nargs="+",
+        default=["embedded"],
+        metavar="SIZE",
+        help="embedded (default), mid, mid-t5, itm, opt-2.7b, opt-6.7b, flan-t5-xl, flan-t5-xxl; one that is "
+        "not in the cache is made up with random weights, nothing is downloaded",
+    )
+    parser.add_argument("--model", "-m", metavar="MODEL", help="instead: a name, a folder, or a Hub id")
+    parser.add_argument(
+        "--random", action="store_true", help="random weights, even if the cache has real ones"
+    )
+    parser.add_argument(
+        "--keep", metavar="FOLDER", help="keep folders with random weights there, and reuse them"
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS[1:],
+        help="a table each, with both sides in it; default: float32, and then --defaults",
+    )
+    parser.add_argument(
+        "--defaults", action="store_true", help="a table of what each side does by itself: auto, and float32"
+    )
+    parser.add_argument("--threads", nargs="+", type=int, default=[0], metavar="N", help="a table each (all)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="pairs of runs (3 to 7, by their length)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="load, preprocess, encode, first-token, caption, beam, batch, decode, chat, match, contrast",
+    )
+    parser.add_argument(
+        "--side", choices=("both", "ours", "theirs"), default="both", help="measure one alone"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--out", metavar="JSON", help="write the findings, with all times, to this file")
+    parser.add_argument("--plot", metavar="PNG", help="draw the ratios; needs matplotlib")
 
 
 def words(text: str) -> tuple[str, ...]:

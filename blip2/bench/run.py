@@ -1,0 +1,179 @@
+"""A whole benchmark: folders, a process for each table, and the findings of all.
+
+Each table is measured in a process of its own with `OMP_WAIT_POLICY=passive` and its number of threads set
+before torch starts: threads that spin while they wait make figures of a machine that others use worthless.
+"""
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from blip2.bench.folders import RELEASED, SIZES, make_folder
+from blip2.bench.measures import NAMES, wanted
+from blip2.bench.worker import Job
+from blip2.checkpoint import CheckpointError, locate
+from blip2.layout import read_layout
+
+EMBEDDED = {"generate": "scenes-opt", "match": "scenes-itm"}
+ALL_SIZES = ("embedded", *(size for size in SIZES if size != "mid-itm"))
+PARTS = {"mid": {"generate": "mid", "match": "mid-itm"}, "itm": {"match": "itm"}}  # others only generate
+LOADS = 3  # of each side, each in a fresh process
+Pair = dict[str, str]
+DEFAULTS: Pair = {"ours": "auto", "theirs": "float32"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure; see `blip2 bench --help`."""
+
+    sizes: Sequence[str] = ("embedded",)
+    model: str | None = None
+    random: bool = False
+    pairs: Sequence[Pair] = ({"ours": "float32", "theirs": "float32"}, DEFAULTS)
+    threads: Sequence[int] = (0,)
+    repeats: int | None = None
+    only: Sequence[str] | None = None
+    device: str = "auto"
+    keep: Path | None = None
+    note: Callable[[str], None] = field(default=print)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        for size in self.sizes:
+            if size not in ALL_SIZES:
+                raise ValueError(f"unknown size {size!r}: choose {', '.join(ALL_SIZES)}")
+        for name in self.only or ():
+            if name not in NAMES:
+                raise ValueError(f"unknown measure {name!r}: choose {', '.join(NAMES)}")
+        if self.repeats is not None and self.repeats < 1:
+            raise ValueError(f"repeats is {self.repeats}, it must be at least 1")
+        if min(self.threads) < 0:
+            raise ValueError(f"threads is {min(self.threads)}, it must be at least 1")
+
+
+def run(options: Options) -> list[dict[str, Any]]:
+    """Measure, and return a table's findings after the other: see `blip2.bench.worker.Findings`."""
+    tables = []
+    with _stopped_by_sigterm(), tempfile.TemporaryDirectory(prefix="blip2-bench-") as scratch:
+        for size in [options.model] if options.model else options.sizes:
+            folders, weights = _folders(size, options, Path(scratch))
+            for threads in options.threads:
+                for pair in options.pairs:
+                    out = Path(scratch) / "findings.json"
+                    job = Job(
+                        str(out), folders, dict(pair), threads, options.device, options.repeats,
+                        None if options.only is None else list(options.only),
+                    )  # fmt: skip
+                    sides = " against ".join(f"{side} {precision}" for side, precision in pair.items())
+                    options.note(f"{size}, {sides}, {f'{threads} threads' if threads else 'all threads'}")
+                    found = {"size": size, "weights": weights, **_work(job, options.note)}
+                    if options.only is None or "load" in options.only:
+                        found["loads"] = _loads(job, options.note)
+                    tables.append(found)
+            for folder in Path(scratch).iterdir():  # room for the next size
+                shutil.rmtree(folder, ignore_errors=True)
+    return tables
+
+
+def _folders(size: str, options: Options, scratch: Path) -> tuple[dict[str, str], str]:
+    """The folders of a size or model by kind, and a word on what weights they hold."""
+    if options.model:
+        name, folder = locate(options.model)
+        return {"match" if read_layout(folder).stage1 else "generate": str(folder)}, name
+    if size == "embedded":
+        return {kind: str(locate(name)[1]) for kind, name in EMBEDDED.items()}, "embedded"
+    if size in RELEASED and not options.random:
+        try:
+            name, folder = locate(RELEASED[size], local_files_only=True)
+            return {"match" if size == "itm" else "generate": str(folder)}, name
+        except CheckpointError:
+            options.note(f"{RELEASED[size]} is not in the cache: its random twin is measured")
+    folders = {}
+    for kind, part in PARTS.get(size, {"generate": size}).items():
+        folder = (options.keep or scratch) / part
+        if wanted(options.only, kind) or "load" in (options.only or ()):
+            if not folder.is_dir():
+                options.note(f"writing {part} with random weights to {folder}")
+                make_folder(part, folder, max_shard_size="2GB")
+            folders[kind] = str(folder)
+    return folders, "random"
+
+
+def _loads(job: Job, note: Callable[[str], None]) -> dict[str, Any]:
+    """Medians of load time and peak memory, a fresh process each, by side."""
+    kind = next(iter(job.folders))
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in job.precisions}
+    for number in range(min(job.repeats or LOADS, LOADS)):
+        for side in sorted(found, reverse=number % 2 == 1):
+            one = replace(
+                job, load=True, folders={kind: job.folders[kind]}, precisions={side: job.precisions[side]}
+            )
+            found[side].append(_work(one, note))
+    return {
+        side: {name: statistics.median(one[name] for one in many) for name in many[0]}
+        for side, many in found.items()
+    }
+
+
+def _work(job: Job, note: Callable[[str], None]) -> dict[str, Any]:
+    """Run a job in a process of its own.
+
+    Raises:
+        ValueError: what stopped it, as a sentence for users.
+        RuntimeError: it failed otherwise; with the end of what it said.
+    """
+    out = Path(job.out)
+    out.unlink(missing_ok=True)
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+    if job.threads:
+        environment |= {"OMP_NUM_THREADS": str(job.threads), "MKL_NUM_THREADS": str(job.threads)}
+    command = [sys.executable, "-m", "blip2.bench.worker", job.to_json()]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                note(line.strip())
+            process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+        errors.seek(0)
+        said = errors.read()
+    found = json.loads(out.read_text("utf-8")) if out.is_file() else {}
+    if "error" in found:
+        raise ValueError(found["error"])
+    if process.returncode:
+        if process.returncode == -signal.SIGKILL:
+            raise MemoryError("the measuring process was killed, as happens when memory does not suffice")
+        raise RuntimeError(f"the measuring process failed:\n{said[-4000:]}")
+    return found
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Let a termination clean up as Ctrl-C does."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
