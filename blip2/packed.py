@@ -19,20 +19,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import GELUActivation
 
-SMALL = 1 << 18  # elements; below this oneDNN's call costs more than its order saves, a transpose saves a bit
 ROWS = 4  # with fewer rows oneDNN is slower than with these
+SMALL = 1 << 18  # elements; a smaller matrix is kept in rows, too,
+MANY = 64  # for products with fewer rows, as oneDNN's calls take longer to begin
 HINT = 32  # rows that oneDNN is told to expect; it takes the same blocks for any
 
-# Layers of one module that read the same input; of cross-attention the queries read another.
+# Layers of one module that read the same input; of cross-attention the queries read another. Not the
+# Q-Former's: many rows at a time are attended to faster when queries, keys and values lie apart.
 TOGETHER: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
     ("q", "k", "v"),
     ("wi_0", "wi_1"),
     ("gate_proj", "up_proj"),
 )
-CROSS = ("crossattention", "EncDecAttention", "encoder_attn")
+CROSS = ("EncDecAttention", "encoder_attn")
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -63,32 +65,31 @@ class Product:
         self.bias: Tensor | None = None
         if layers[0].bias is not None:
             self.bias = torch.cat([layer.bias.data for layer in layers])
-        packs = can_pack(weights[0])
-        self.blocks = packs and sum(self.sizes) * self.in_features >= SMALL
+        self.blocks: Tensor | None = None
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        if self.blocks:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), HINT)
-            if not tied:
-                for layer in layers:
-                    nothing = torch.full((1, 1), math.nan, dtype=weight.dtype)
-                    layer.weight.data = nothing.expand_as(layer.weight)
-        else:
-            self.weight = weight.t().contiguous().t() if packs else weight
-            for layer, rows in zip(layers, self.weight.split(self.sizes), strict=True):
+        if can_pack(weight):
+            self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), HINT)
+        self.few = ROWS  # rows from which on oneDNN computes
+        self.weight: Tensor | None = None  # in rows
+        if self.blocks is None or weight.numel() < SMALL:
+            self.few, self.weight = MANY, weight
+            for layer, rows in zip(layers, weight.split(self.sizes), strict=True):
                 layer.weight.data = rows
+        elif not tied:
+            for layer in layers:
+                nothing = torch.full((1, 1), math.nan, dtype=weight.dtype)
+                layer.weight.data = nothing.expand_as(layer.weight)
 
-    def __call__(self, input: Tensor) -> Tensor:
-        """input: float (..., in) -> float (..., out of all layers)."""
-        if not self.blocks:
-            return F.linear(input, self.weight, self.bias)
-        rows = input.numel() // self.in_features
-        if rows >= ROWS or rows == 0:
-            return self._product(input)
-        padded = F.pad(input.reshape(rows, -1), (0, 0, 0, ROWS - rows))
-        return self._product(padded)[:rows].view(*input.shape[:-1], -1)
-
-    def _product(self, input: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+    def __call__(self, input: Tensor, post: str = "none") -> Tensor:
+        """input: float (..., in) -> float (..., out of all layers), through the exact "gelu" if wanted."""
+        shape, rows = input.shape, input.numel() // self.in_features
+        if self.weight is not None and (rows < self.few or self.blocks is None):
+            output = F.linear(input, self.weight, self.bias)
+            return F.gelu(output) if post == "gelu" else output
+        if rows < self.few:
+            input = F.pad(input.reshape(rows, -1), (0, 0, 0, self.few - rows))
+        output = torch.ops.mkldnn._linear_pointwise(input, self.blocks, self.bias, post, [], "none")
+        return output if rows >= self.few else output[:rows].view(*shape[:-1], -1)
 
     def part(self, input: Tensor, index: int) -> Tensor:
         """One layer's share; the others', who are asked next, are kept until then."""
@@ -103,8 +104,10 @@ class Product:
 
     def values(self, index: int) -> Tensor:
         """One layer's matrix, (out, in) in rows."""
-        dense = self.weight.to_dense() if self.blocks else self.weight
-        return dense.split(self.sizes)[index].contiguous()
+        if self.weight is None and self.blocks is not None:
+            return self.blocks.to_dense().split(self.sizes)[index].contiguous()
+        assert self.weight is not None
+        return self.weight.split(self.sizes)[index].clone()
 
 
 class PackedLinear(nn.Linear):
@@ -143,9 +146,18 @@ class PackedLinear(nn.Linear):
         return self.__dict__
 
 
+def activated(layer: nn.Module, activation: nn.Module, input: Tensor) -> Tensor:
+    """activation(layer(input)); the exact GELU, a tenth of a ViT in float32, within the product."""
+    exact = isinstance(activation, GELUActivation) and activation.act is F.gelu
+    if exact and isinstance(layer, PackedLinear) and not torch.is_grad_enabled():
+        return layer.product(input, "gelu")
+    return activation(layer(input))
+
+
 def _values(layer: PackedLinear) -> Tensor:
     kept = layer.weight.detach()
-    return kept if kept.is_contiguous() else layer.product.values(layer.index)
+    own = kept.is_contiguous() and len(layer.product.sizes) == 1
+    return kept if own else layer.product.values(layer.index)
 
 
 def _release(layer: nn.Module) -> None:
