@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from .language import Bridge
 from .packed import PackedLinear
+from .static import StaticStep, static_step, wanted
 
 STEP = 64  # tokens by which a cache grows
 
@@ -39,15 +40,23 @@ class KeyValues:
         end = self.length + keys.shape[2]
         if index == len(self.layers):
             self.layers.append(keys.new_empty((2, *keys.shape[:2], 0, keys.shape[3])))
-        layer = self.layers[index]
-        if end > layer.shape[3]:
-            room = -(-(end + end // 4) // STEP) * STEP
-            grown = layer.new_empty((*layer.shape[:3], room, layer.shape[4]))
-            grown[:, :, :, : self.length] = layer[:, :, :, : self.length]
-            layer = self.layers[index] = grown
+        layer = self._grown(index, end)
         layer[0, :, :, self.length : end] = keys
         layer[1, :, :, self.length : end] = values
         return layer[0, :, :, :end], layer[1, :, :, :end]
+
+    def grow(self, end: int) -> None:
+        """Have room for `end` tokens in every layer."""
+        for index in range(len(self.layers)):
+            self._grown(index, end)
+
+    def _grown(self, index: int, end: int) -> Tensor:
+        layer = self.layers[index]
+        if end > layer.shape[3]:
+            room = -(-(end + end // 4) // STEP) * STEP
+            self.layers[index] = layer.new_empty((*layer.shape[:3], room, layer.shape[4]))
+            self.layers[index][:, :, :, : self.length] = layer[:, :, :, : self.length]
+        return self.layers[index]
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -112,6 +121,9 @@ class Decoder:
         """Go on with row rows[i], int (N,), a copy of the same image, in the place of row i."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Call it when done: a cache that was given then holds all that was read."""
+
 
 class OPTDecoder(Decoder):
     """OPT with layer norms before each sub-layer: all released sizes but 350M.
@@ -121,6 +133,7 @@ class OPTDecoder(Decoder):
         inputs_embeds: float (N, T, L), what the cache does not hold yet.
         mask: int (N, S), 1 for real tokens, the cache's included.
         past: cache to go on from; it is changed.
+        room: tokens that will be read on at most.
     """
 
     @staticmethod
@@ -135,54 +148,56 @@ class OPTDecoder(Decoder):
             and not _has_hooks(model)
         )
 
-    def __init__(self, model: Any, inputs_embeds: Tensor, mask: Tensor, past: KeyValues):
-        self.model, self.decoder, self.past = model, model.model.decoder, past
-        self.heads = model.config.num_attention_heads
+    def __init__(self, model: Any, inputs_embeds: Tensor, mask: Tensor, past: KeyValues, room: int):
+        self.model, self.past, self.room = model, past, room
         padded = not bool(mask.all())
         self.mask = mask.bool() if padded else None  # (N, S)
         self.places = mask.sum(1) if padded else None  # (N,), the next token's position
+        self.step: StaticStep | None = None
+        length = inputs_embeds.shape[1]
+        self.prompt = past.length + length
         positions = (mask.cumsum(1) * mask - 1)[:, past.length :]
-        self.prompt = past.length + inputs_embeds.shape[1]
-        self.logits = self._forward(inputs_embeds, positions)
+        if padded or past.length:
+            seen = torch.ones(length, self.prompt, dtype=torch.bool, device=mask.device).tril(past.length)
+            if self.mask is not None:
+                seen = seen & self.mask[:, None, None, :]
+                seen = seen | ~seen.any(-1, keepdim=True)  # padding is never read, but must see something
+            self.logits = read_opt(model, inputs_embeds, positions, past, seen)
+        else:
+            self.logits = read_opt(model, inputs_embeds, positions, past, None)
+        past.length = self.prompt
 
     def read(self, token: Tensor) -> None:
         """Read one more token of every row, int (N,)."""
-        places = self.places
-        if places is None or self.mask is None:
-            places = torch.full_like(token, self.past.length)
+        if self.step is None and len(token) == 1 and self.mask is None and wanted(self.model):
+            self.step = static_step(read_opt, self.model, self.past.layers[0], self.past.length + self.room)
+            if self.step is not None:
+                self.step.load(self.past.layers, self.past.length)
+                self.read_since = self.past.length
+        if self.step is not None:
+            self.logits = self.step(token)
         else:
-            self.mask = F.pad(self.mask, (0, 1), value=True)
-            self.places = places + 1
-        self.logits = self._forward(self.decoder.embed_tokens(token)[:, None], places[:, None])
+            places = self.places
+            if places is None or self.mask is None:
+                places = torch.full_like(token, self.past.length)
+            else:
+                self.mask = F.pad(self.mask, (0, 1), value=True)
+                self.places = places + 1
+            mask = None if self.mask is None else self.mask[:, None, None, :]
+            embeds = self.model.model.decoder.embed_tokens(token)[:, None]
+            self.logits = read_opt(self.model, embeds, places[:, None], self.past, mask)
+        self.past.length += 1
 
-    def _forward(self, embeds: Tensor, positions: Tensor) -> Tensor:
-        """embeds: float (N, T, L), positions: int (N, T) -> logits of the last token, float32."""
-        past, length = self.past, embeds.shape[1]
-        mask = None if self.mask is None else self.mask[:, None, None, :]
-        causal = length > 1
-        if causal and (mask is not None or past.length):
-            seen = torch.ones(length, past.length + length, dtype=torch.bool, device=embeds.device)
-            mask = seen.tril(past.length) if mask is None else seen.tril(past.length) & mask
-            # what padding attends to is never read, but must be something
-            mask = mask | ~mask.any(-1, keepdim=True)
-            causal = False
-        # transformers adds OPT's offset of 2 to the positions
-        hidden = embeds + self.decoder.embed_positions(None, 0, position_ids=positions)
-        for index, layer in enumerate(self.decoder.layers):
-            attention = layer.self_attn
-            q, k, v = (
-                part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                for part in _together(
-                    layer.self_attn_layer_norm(hidden), attention.q_proj, attention.k_proj, attention.v_proj
-                )
-            )
-            keys, values = past.write(index, k, v)
-            attended = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=causal)
-            hidden = hidden + attention.out_proj(attended.transpose(1, 2).flatten(2))
-            wide = layer.fc1(layer.final_layer_norm(hidden))
-            hidden = hidden + layer.fc2(layer.activation_fn(wide))
-        past.length += length
-        return self.model.lm_head(self.decoder.final_layer_norm(hidden[:, -1])).float()
+    def close(self) -> None:
+        """Give the static step back, and what it has read to the cache."""
+        if self.step is None:
+            return
+        end, self.past.length = self.past.length, self.read_since
+        self.past.grow(end)
+        self.step.store(self.past.layers, self.read_since, end)
+        self.past.length = end
+        self.step.lock.release()
+        self.step = None
 
     def repeat(self, copies: int) -> None:
         """See `Decoder.repeat`."""
@@ -202,6 +217,39 @@ class OPTDecoder(Decoder):
         self.logits = change(self.logits)
         if self.mask is not None and self.places is not None:
             self.mask, self.places = change(self.mask), change(self.places)
+
+
+def read_opt(model: Any, embeds: Tensor, positions: Tensor, past: Any, mask: Tensor | None) -> Tensor:
+    """OPT's arithmetic.
+
+    Args:
+        model: OPTForCausalLM.
+        embeds: float (N, T, L).
+        positions: int (N, T).
+        past: what has been read, with `write` as `KeyValues` has it, and `length` of 0 if that is nothing.
+        mask: bool, broadcastable to (N, 1, T, S); None if each token sees those before it.
+
+    Returns:
+        Logits after the last token, float32 (N, vocabulary).
+    """
+    decoder, heads = model.model.decoder, model.config.num_attention_heads
+    causal = mask is None and not past.length
+    # transformers adds OPT's offset of 2 to the positions
+    hidden = embeds + decoder.embed_positions(None, 0, position_ids=positions)
+    for index, layer in enumerate(decoder.layers):
+        attention = layer.self_attn
+        q, k, v = (
+            part.unflatten(-1, (heads, -1)).transpose(1, 2)
+            for part in _together(
+                layer.self_attn_layer_norm(hidden), attention.q_proj, attention.k_proj, attention.v_proj
+            )
+        )
+        keys, values = past.write(index, k, v)
+        attended = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=causal)
+        hidden = hidden + attention.out_proj(attended.transpose(1, 2).flatten(2))
+        wide = layer.fc1(layer.final_layer_norm(hidden))
+        hidden = hidden + layer.fc2(layer.activation_fn(wide))
+    return model.lm_head(decoder.final_layer_norm(hidden[:, -1])).float()
 
 
 class T5Decoder(Decoder):

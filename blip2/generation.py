@@ -98,13 +98,27 @@ def decode(
         decoder.repeat(copies)
     ends, pad = _ends(model, decoder.logits.device)
     processors = _processors(generation, ends.tolist(), ends.device, avoid)
-    generator = torch.Generator(ends.device)
-    generator.seed() if generation.seed is None else generator.manual_seed(generation.seed)
+    try:
+        yield from _tokens(decoder, generation, ends, pad, processors, cache)
+    finally:
+        decoder.close()
 
-    num_rows = len(decoder.logits)
-    rows = torch.arange(num_rows, device=ends.device)  # those that the decoder goes on with
-    said = torch.empty((num_rows, 0), dtype=torch.long, device=ends.device)
-    finished = torch.zeros(num_rows, dtype=torch.bool, device=ends.device)
+
+def _tokens(
+    decoder: Decoder,
+    generation: Generation,
+    ends: Tensor,
+    pad: int,
+    processors: LogitsProcessorList,
+    cache: TextCache,
+) -> Iterator[Tensor]:
+    """What `decode` yields; rows that have ended leave the decoder."""
+    copies, num_rows, device = generation.num_captions, len(decoder.logits), ends.device
+    generator = torch.Generator(device)
+    generator.seed() if generation.seed is None else generator.manual_seed(generation.seed)
+    rows = torch.arange(num_rows, device=device)  # those that the decoder goes on with
+    said = torch.empty((num_rows, 0), dtype=torch.long, device=device)
+    finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
     for length in range(1, generation.max_new_tokens + 1):
         scores = processors(said, decoder.logits) if len(processors) else decoder.logits
         if generation.method == "nucleus":
@@ -114,15 +128,11 @@ def decode(
         token = torch.where(finished, pad, token)
         finished = finished | torch.isin(token, ends)
         said = torch.cat([said, token[:, None]], dim=1)
-        yield (
-            token
-            if len(token) == num_rows
-            else torch.full_like(said[:1, 0], pad).repeat(num_rows).index_copy(0, rows, token)
-        )
+        yield said.new_full((num_rows,), pad).index_copy(0, rows, token)
         if length == generation.max_new_tokens or finished.all():
             return
         over = finished.view(-1, copies).all(1)
-        if 4 * int(over.sum()) >= len(over):  # else copying what stays costs more than reading what leaves
+        if num_rows > 1 and 4 * int(over.sum()) >= len(over):  # else copying the others costs more
             going = (~over).repeat_interleave(copies).nonzero()[:, 0]
             rows, said, finished, token = rows[going], said[going], finished[going], token[going]
             decoder.keep(going)
@@ -160,7 +170,7 @@ def read_prompt(
     decoder: Decoder
     if OPTDecoder.fits(language):
         past = cache.key_values if isinstance(cache.key_values, KeyValues) else KeyValues()
-        decoder = OPTDecoder(language, embeds[:, past.length :], mask, past)
+        decoder = OPTDecoder(language, embeds[:, kept:], mask, past, generation.max_new_tokens)
     else:
         library = cache.key_values if isinstance(cache.key_values, LibraryKeyValues) else LibraryKeyValues()
         decoder = LibraryDecoder(bridge, {"inputs_embeds": embeds[:, kept:]}, mask, library)

@@ -87,9 +87,9 @@ class Product:
             output = F.linear(input, self.weight, self.bias)
             return F.gelu(output) if post == "gelu" else output
         if rows < self.few:
-            input = F.pad(input.reshape(rows, -1), (0, 0, 0, self.few - rows))
+            input = F.pad(input.reshape(rows, self.in_features), (0, 0, 0, self.few - rows))
         output = torch.ops.mkldnn._linear_pointwise(input, self.blocks, self.bias, post, [], "none")
-        return output if rows >= self.few else output[:rows].view(*shape[:-1], -1)
+        return output if rows >= self.few else output[:rows].view(*shape[:-1], sum(self.sizes))
 
     def part(self, input: Tensor, index: int) -> Tensor:
         """One layer's share; the others', who are asked next, are kept until then."""
@@ -141,9 +141,9 @@ class PackedLinear(nn.Linear):
             _release(self)
         return nn.Linear.train(self, mode)
 
-    def __getstate__(self) -> dict[str, Any]:  # of copies
+    def __reduce_ex__(self, protocol: Any) -> Any:  # copies
         _release(self)
-        return self.__dict__
+        return nn.Linear.__reduce_ex__(self, protocol)
 
 
 def activated(layer: nn.Module, activation: nn.Module, input: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ LAYERS = [
         "novelty",
         "presets",
     },
-    {"conversation", "beams", "decoders", "generation", "chat", "explain"},
+    {"conversation", "beams", "decoders", "static", "generation", "chat", "explain"},
     {"bench", "bulk", "server", "folder", "pictures", "report", "sidecars", "deploy"},
     {"cli", "ui", "__main__"},
 ]
