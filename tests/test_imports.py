@@ -32,7 +32,7 @@ LAYERS = [
         "presets",
     },
     {"conversation", "generation", "chat", "explain"},
-    {"bulk", "server", "folder", "pictures", "report", "sidecars", "deploy"},
+    {"bench", "bulk", "server", "folder", "pictures", "report", "sidecars", "deploy"},
     {"cli", "ui", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
