@@ -137,8 +137,14 @@ def open_tensors(files: list[Path]) -> dict[str, Any]:
     that a model that changes its dtype on the way is there twice. These are read, converted and forgotten
     one by one.
     """
-    opened = [safe_open(file, framework="pt", backend="pread") for file in files]
-    return {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118 - not a dict
+    tensors = {}
+    for file in files:
+        opened = safe_open(file, framework="pt", backend="pread")
+        for name in opened.keys():  # noqa: SIM118 - not a dict
+            tensors[name] = opened.get_slice(name)
+            if 0 in tensors[name].get_shape():  # of nothing no part can be taken
+                tensors[name] = opened.get_tensor(name)
+    return tensors
 
 
 def one_line(error: BaseException) -> str:
