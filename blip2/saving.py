@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blip2.base import Blip2Base
-from blip2.layout import NOVELTY, VARIANT, CheckpointError, stored_name, write_config
+from blip2.errors import CheckpointError
+from blip2.layout import NOVELTY, stored_name, write_config
 from blip2.processing import Processor
 from blip2.representation import Blip2Representation
+from blip2.shards import VARIANT
 
 # what a new checkpoint replaces; a novelty score is of the old one's weights, a template of its tokenizer
 WEIGHTS = re.compile(
@@ -45,11 +47,17 @@ def save(
         max_shard_size: of a weight file.
 
     Raises:
-        CheckpointError: `folder` is a file, or holds other things than one; the model wears an adapter.
+        CheckpointError: `folder` is a file, or holds other things than one; the model wears an adapter, or
+            not all of it is in memory.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise CheckpointError(
             "this model wears an adapter, which has no place in a checkpoint: save it with peft, or merge it"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CheckpointError(
+            "part of this model is on the disk, or waits in main memory for a GPU: load it without "
+            "max_memory to save it"
         )
     target = Path(folder)
     if target.is_file() or (
