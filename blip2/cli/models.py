@@ -2,7 +2,6 @@
 
 import argparse
 import secrets
-from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import constants
@@ -14,7 +13,7 @@ from blip2.devices import choose_device, device_advice
 from blip2.generation import Generation, describe, num_descriptions
 from blip2.model import Blip2
 from blip2.novelty import UnknownPictureError
-from blip2.presets import DEFAULT, PRESETS, Preset, resolve
+from blip2.presets import DEFAULT, PRESETS, find_preset
 from blip2.processing import Processor, PromptError
 from blip2.vision import ImageFeatures
 
@@ -79,16 +78,6 @@ def check_model(name: str, kind: Kind, console: Console) -> None:
             console.note(f"{preset.name} is not in the cache yet: downloading {size:.1f} GB")
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def find_preset(name: str) -> Preset | None:
-    """The preset that `load` would take; a folder of that name goes before."""
-    if Path(name).expanduser().is_dir():
-        return None
-    try:
-        return resolve(name)
-    except ValueError:
-        return None
 
 
 def load_model(name: str, kind: Kind, args: argparse.Namespace, console: Console) -> Loaded:

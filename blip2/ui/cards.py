@@ -4,7 +4,7 @@ import html
 from pathlib import Path
 
 from blip2.devices import accelerator_memory, choose_device, device_name, main_memory, why_not_quantized
-from blip2.presets import EMBEDDED, PRECISIONS, PRESETS, Preset
+from blip2.presets import EMBEDDED, PRECISIONS, Preset, find_preset
 
 WORLD = "nine colors, eight shapes, two sizes"
 FULL = "auto"
@@ -33,10 +33,10 @@ def join(base: str, precision: str | None) -> str:
     return base if precision in (None, "", FULL) else f"{base}@{precision}"
 
 
-def find_preset(base: str) -> Preset | None:
-    """The preset of that name, unless a folder of the same name was meant."""
-    bare = base.strip().lower().removeprefix("salesforce/")
-    return None if Path(base).expanduser().is_dir() else PRESETS.get(bare)
+def caption_prompt(name: str) -> str:
+    """What a model's captions go on from; "" for most."""
+    preset = find_preset(split(name)[0])
+    return preset.prompt if preset else ""
 
 
 def full_precision(preset: Preset) -> str:
