@@ -45,6 +45,7 @@ EVA_WIDTH = 1408
 OLD_OPT_VOCABULARY = 50272  # revisions before 2025
 # How many times larger than its like a tensor may be. Trained models spread by a factor of ten; vectors more.
 NORM = re.compile(r"norm\d?\.weight$", re.IGNORECASE)
+TABLE = re.compile(r"embed|shared|relative_attention_bias")  # each row is learned by itself
 WILD = {"matrix": 20.0, "vector": 50.0, "row": 50.0, "alone": 1000.0}
 
 Watch = Callable[[str, int, int], None]  # (what is being done, bytes so far, bytes in all)
@@ -217,7 +218,7 @@ def tensors(folder: Path, variant: str | None = None) -> Iterator[tuple[str, Ten
 def digest(tensor: Tensor) -> str:
     """The sha256 of a tensor's type, shape and bytes."""
     made = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-    made.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    made.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return made.hexdigest()
 
 
@@ -242,7 +243,7 @@ def check_values(layout: Layout, sums: bool, tell: Watch) -> Iterator[Check]:
     path = layout.folder / DIGESTS
     digests: dict[str, str] = read_json(path) if path.is_file() else {}
     altered, unending, key_bias = [], [], []
-    sizes: dict[str, tuple[str, float, tuple[int, int, float]]] = {}
+    sizes: dict[str, Size] = {}
     done, total = 0, sum(file.stat().st_size for file in weight_files(layout.folder, layout.variant))
     seen = set()
     for name, tensor in _recorded(layout.folder, layout.variant):
@@ -257,7 +258,7 @@ def check_values(layout: Layout, sums: bool, tell: Watch) -> Iterator[Check]:
             bad = (~finite).flatten().nonzero()[:, 0]
             unending.append(f"{name} ({len(bad):,} of {tensor.numel():,}, the first at {int(bad[0]):,})")
             continue
-        sizes[_ours(name, layout)] = _size(tensor)
+        sizes[_ours(name, layout)] = Size.of(tensor)
         if name.endswith("self_attn.qkv.bias"):
             key_bias.append((name, tensor.chunk(3)[1].abs().max().item()))
     altered += sorted(digests.keys() - seen)
@@ -285,50 +286,59 @@ def _key_bias(layout: Layout, largest: list[tuple[str, float]]) -> Check:
     if vision.model_type != "blip_2_vision_model" or vision.hidden_size != EVA_WIDTH or not largest:
         return Check("key bias", None, expected, "does not apply: the image encoder is no EVA-CLIP ViT-g")
     wrong = [f"{name} ({size:.2g})" for name, size in largest if size]
-    return Check(
-        "key bias",
-        not wrong,
-        expected,
-        f"{len(largest) - len(wrong)} of {len(largest)} layers",
-        _first(wrong),
-    )
+    found = f"{len(largest) - len(wrong)} of {len(largest)} layers"
+    return Check("key bias", not wrong, expected, found, _first(wrong))
 
 
-def _size(tensor: Tensor) -> tuple[str, float, tuple[int, int, float]]:
-    """Its kind, its root mean square, and of its rows: how many are not zero, the largest, how much larger."""
-    if tensor.ndim < 2:
-        norm = torch.linalg.vector_norm(tensor, dtype=torch.float32).item()
-        return "vector" if tensor.ndim else "number", norm / max(1, tensor.numel()) ** 0.5, (0, 0, 1.0)
-    rows = tensor.flatten(1) if tensor.ndim == 4 else tensor.reshape(-1, tensor.shape[-1])
-    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-    used = norms[norms > 0]
-    largest = int(norms.argmax())
-    times = (norms[largest] / used.median()).item() if len(used) else 1.0
-    return (
-        "matrix",
-        (norms.double().square().sum().item() / tensor.numel()) ** 0.5,
-        (len(used), largest, times),
-    )
+@dataclass(frozen=True)
+class Size:
+    """How large a tensor's values are.
+
+    Attributes:
+        kind: "matrix", "vector" or "number".
+        rms: root mean square of all.
+        row: the largest row of a matrix.
+        times: how many times the median row that one is, rows of zeros left out.
+    """
+
+    kind: str
+    rms: float
+    row: int = 0
+    times: float = 1.0
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Size":
+        """Measure one."""
+        if tensor.ndim < 2:
+            norm = torch.linalg.vector_norm(tensor, dtype=torch.float32).item()
+            return cls("vector" if tensor.ndim else "number", norm / max(1, tensor.numel()) ** 0.5)
+        rows = tensor.flatten(1) if tensor.ndim == 4 else tensor.reshape(-1, tensor.shape[-1])
+        norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).double()
+        used, row = norms[norms > 0], int(norms.argmax())
+        times = (norms[row] / used.median()).item() if len(used) >= 8 else 1.0
+        return cls("matrix", (norms.square().sum().item() / tensor.numel()) ** 0.5, row, times)
 
 
-def implausible(sizes: dict[str, tuple[str, float, tuple[int, int, float]]]) -> list[str]:
-    """Tensors, of those that `_size` described, that no training would have made so."""
+def implausible(sizes: dict[str, Size]) -> list[str]:
+    """Names of tensors that no training would have made so, and why."""
     like: dict[str, list[str]] = defaultdict(list)
     for name in sizes:
         like[re.sub(r"\.\d+\.", ".#.", name, count=1)].append(name)
-    usual = median([size for kind, size, _ in sizes.values() if kind == "matrix"] or [0.0])
+    usual = median([size.rms for size in sizes.values() if size.kind == "matrix"] or [0.0])
     odd = []
     for names in like.values():
         for name in names:
-            kind, size, (rows, row, times) = sizes[name]
-            others = median([sizes[other][1] for other in names if other != name] or [0.0])
-            limit = WILD.get(kind, math.inf) * others if others else WILD["alone"] * usual
-            if not size and (kind == "matrix" or others or (kind == "vector" and NORM.search(name))):
+            size = sizes[name]
+            if size.kind == "number":
+                continue
+            others = median([sizes[other].rms for other in names if other != name] or [0.0])
+            limit = WILD[size.kind] * others if others else WILD["alone"] * usual
+            if not size.rms and (size.kind == "matrix" or others or NORM.search(name)):
                 odd.append(f"{name} (all zero)")
-            elif kind != "number" and size > limit:
-                odd.append(f"{name} ({size / (others or usual):.0f} times as large as its like)")
-            elif rows >= 8 and times > WILD["row"]:
-                odd.append(f"{name} (row {row}, {times:.0f} times as large as the others)")
+            elif size.rms > limit:
+                odd.append(f"{name} ({size.rms / (others or usual):.0f} times as large as its like)")
+            elif size.times > WILD["row"] and not TABLE.search(name):
+                odd.append(f"{name} (row {size.row}, {size.times:.0f} times as large as the others)")
     return odd
 
 

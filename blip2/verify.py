@@ -44,7 +44,6 @@ from blip2.settings import Generation
 PICTURES = ("scene-1.png", "photos/cat.jpg")
 QUESTION = "what is in the picture?"
 TEXTS = ["a photo of a cat", "a red circle and a small blue star"]  # one for each picture
-LENGTH = 16  # tokens to generate at most
 # Largest difference relative to the length of the vector (L2) that counts as equal.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int8": 5e-2, "nf4": 5e-2}
 TRACED = re.compile(
@@ -173,8 +172,9 @@ class Inputs:
     device: torch.device
 
 
-GREEDY = {"do_sample": False, "num_beams": 1, "max_new_tokens": LENGTH, "min_new_tokens": 1}
-BEAM = Generation.caption(max_new_tokens=LENGTH)
+LENGTHS = {"max_new_tokens": 16, "min_new_tokens": 8}  # so that there are words to compare
+GREEDY = {"do_sample": False, "num_beams": 1, **LENGTHS}
+BEAM = Generation.caption(**LENGTHS)
 
 
 @torch.no_grad()
@@ -193,7 +193,7 @@ def ours(folder: Path, precision: str, device: str) -> tuple[Run, Inputs]:
         start = {} if model.is_decoder_only else {"decoder_input_ids": text["input_ids"]}
         run.values["logits"] = model(image=image, **text, **start).logits.float().cpu()
         ends = model.language_model.generation_config.eos_token_id
-        greedy = torch.stack(list(decode(model, image, text, Generation(max_new_tokens=LENGTH))), dim=1)
+        greedy = torch.stack(list(decode(model, image, text, Generation(**LENGTHS))), dim=1)
         run.said("greedy ids", greedy, ends)
         run.said("beam ids", model.generate(image=image, **text, **BEAM.options()), ends)
     else:
