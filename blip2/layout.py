@@ -24,6 +24,7 @@ from blip2.errors import CheckpointError
 from blip2.presets import PRESETS
 
 NOVELTY = "novelty.safetensors"  # see `blip2.novelty`
+DIGESTS = "digests.json"  # see `blip2.values`
 VARIANT = (
     "any"  # weights of `blip2-any` are named apart, so that transformers finds none and refuses the folder
 )

@@ -1,9 +1,9 @@
 """Whether a checkpoint is whole, and computes what transformers computes from it: `blip2 verify`.
 
-`blip2.checks` looks at the files. Then both libraries compute the same from the same weights, one after the
-other, so that one model is in memory at a time: what every layer says of two pictures, logits or scores, and
-generated ids. Where they part, the first part that differs is named. Damage in a file that both read alike
-cannot be seen so; that is what the checks of the files are for.
+`blip2.checks` and `blip2.values` look at the files. Then both libraries compute the same from the same
+weights, one after the other, so that one model is in memory at a time: what every layer says of two pictures,
+logits or scores, and generated ids. Where they part, the first part that differs is named. Damage in a file
+that both read alike cannot be seen so; that is what the checks of the files are for.
 """
 
 import os
@@ -28,7 +28,6 @@ from blip2.checks import (
     check_counts,
     check_layout,
     check_sums,
-    check_values,
     empty_model,
     is_quantized,
 )
@@ -40,6 +39,7 @@ from blip2.layout import read_json, read_layout
 from blip2.model import Blip2
 from blip2.presets import find_preset
 from blip2.settings import Generation
+from blip2.values import check_values
 
 PICTURES = ("scene-1.png", "photos/cat.jpg")
 QUESTION = "what is in the picture?"
@@ -172,7 +172,7 @@ class Inputs:
     device: torch.device
 
 
-LENGTHS = {"max_new_tokens": 16, "min_new_tokens": 8}  # so that there are words to compare
+LENGTHS: dict[str, Any] = {"max_new_tokens": 16, "min_new_tokens": 8}  # so that there are words to compare
 GREEDY = {"do_sample": False, "num_beams": 1, **LENGTHS}
 BEAM = Generation.caption(**LENGTHS)
 

@@ -31,7 +31,7 @@ LAYERS = [
         "novelty",
         "presets",
     },
-    {"conversation", "generation", "chat", "explain"},
+    {"conversation", "generation", "chat", "explain", "checks", "values", "verify"},
     {"bulk", "server", "folder", "pictures", "report", "sidecars", "deploy"},
     {"cli", "ui", "__main__"},
 ]

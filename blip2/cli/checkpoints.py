@@ -12,24 +12,16 @@ from transformers import Blip2Config
 
 from blip2.base import Blip2Base
 from blip2.checkpoint import EXTERNAL, UNQUANTIZED, is_available, locate
+from blip2.checks import count_parts
 from blip2.cli.console import Console, UsageError, table
-from blip2.cli.models import DOES, find_preset
+from blip2.cli.models import DOES
 from blip2.devices import device_advice
 from blip2.download import download
-from blip2.layout import STAGE1_EXTRAS, CheckpointError, read_layout, readers
+from blip2.layout import CheckpointError, read_layout, readers
 from blip2.model import Blip2
-from blip2.presets import PRECISIONS, PRESETS, Preset, memory, suggestions
+from blip2.presets import PRECISIONS, PRESETS, Preset, find_preset, memory, suggestions
 from blip2.representation import Blip2Representation
 
-PARTS = {
-    "vision_model": "image encoder",
-    "qformer": "Q-Former",
-    "embeddings": "Q-Former's word embeddings",
-    "query_tokens": "queries",
-    "language_projection": "language projection",
-    "language_model": "language model",
-}
-T5_OUTPUT = "language_model.lm_head.weight"
 KEPT = ("qformer", "query_tokens", "wo")  # what float16 keeps in float32
 
 
@@ -115,7 +107,7 @@ def describe(args: argparse.Namespace, console: Console) -> int:
     document: dict[str, Any] = {"name": name, "kind": "match" if stage1 else "generate"}
     if preset is not None:
         document |= _preset_document(preset)
-    parts = _parts(model, stored)
+    parts = count_parts(model, stored)
     parts["image encoder"] += external
     trainable = _trainable(model)
     trainable["fine-tuning"] += external
@@ -131,29 +123,6 @@ def describe(args: argparse.Namespace, console: Console) -> int:
     }
     console.show(document, _description(document))
     return 0
-
-
-def _parts(model: Blip2Base, stored: set[str] | None) -> dict[str, int]:
-    """Parameters of each part, tied matrices once.
-
-    Args:
-        model: on the meta device.
-        stored: names in the checkpoint's files; None for a released one, whose matching models lack stage 1's
-            temperature and language model head.
-    """
-    parts: dict[str, int] = {}
-    counts = {path: parameter.numel() for path, parameter in model.named_parameters()}
-    if isinstance(model, Blip2Representation):
-        if stored is None or "temperature" not in stored:
-            counts = {path: count for path, count in counts.items() if path not in STAGE1_EXTRAS}
-    elif model.config.text_config.model_type == "t5" and (stored is None or T5_OUTPUT in stored):
-        language: Any = model.language_model  # transformers builds it tied, loading gives it its own matrix
-        counts[T5_OUTPUT] = language.lm_head.weight.numel()
-    for path, count in counts.items():
-        part = "stage 1's own head" if path in STAGE1_EXTRAS else PARTS.get(path.split(".")[0], "heads")
-        parts[part] = parts.get(part, 0) + count
-    order = [*PARTS.values(), *parts]
-    return dict(sorted(parts.items(), key=lambda item: order.index(item[0])))
 
 
 def _trainable(model: Blip2Base) -> dict[str, int]:
