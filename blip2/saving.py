@@ -17,7 +17,7 @@ from blip2.layout import DIGESTS, NOVELTY, VARIANT, CheckpointError, stored_name
 from blip2.processing import Processor
 from blip2.representation import Blip2Representation
 
-# what a new checkpoint replaces; novelty score and digests are of the old one's weights, a template of its words
+# what a new checkpoint replaces; novelty and digests are of the old one's weights, a template of its words
 WEIGHTS = re.compile(
     r"(model|pytorch_model)[.-].*(safetensors|bin|json)|chat_template\.jinja|"
     rf"{re.escape(NOVELTY)}|{re.escape(DIGESTS)}"

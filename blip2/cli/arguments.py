@@ -115,6 +115,17 @@ def build_parser() -> argparse.ArgumentParser:
     download.add_argument("model", metavar="MODEL", help="a name, such as blip2-opt-2.7b, or a Hub id")
     download.add_argument("--revision", help="a branch, tag or commit (main)")
 
+    verify = command("verify", "verify", "check a checkpoint's files, and what it computes, part by part")
+    verify.add_argument("model", metavar="MODEL", help="a name, a folder, or a Hub id")
+    verify.add_argument("--revision", help="a branch, tag or commit (main)")
+    verify.add_argument(
+        "--precision",
+        choices=PRECISIONS[1:4],
+        default="float32",
+        help="to compare with transformers in; float32 (default) takes the most memory and is exact",
+    )
+    verify.add_argument("--device", default="cpu", help="to compare on: cpu (default), cuda, cuda:1 or mps")
+
     deploy = command("deploy", "deploy", "put this app on the Hugging Face Hub, as a Space")
     deploy.add_argument("space", metavar="USER/SPACE", help="a new Space, or one to bring up to date")
     deploy.add_argument("--hardware", choices=("cpu", "zerogpu"), default="cpu", help="default: cpu")

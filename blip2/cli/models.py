@@ -13,7 +13,7 @@ from blip2.devices import choose_device, device_advice
 from blip2.generation import Generation, describe, num_descriptions
 from blip2.model import Blip2
 from blip2.novelty import UnknownPictureError
-from blip2.presets import DEFAULT, PRESETS, find_preset
+from blip2.presets import DEFAULT, PRESETS, Preset, find_preset
 from blip2.processing import Processor, PromptError
 from blip2.vision import ImageFeatures
 
@@ -70,6 +70,15 @@ def check_model(name: str, kind: Kind, console: Console) -> None:
     preset = find_preset(name)
     if preset is not None and preset.kind != kind:
         _refuse_kind(name, kind)
+    announce(name, preset, console)
+
+
+def announce(name: str, preset: Preset | None, console: Console) -> None:
+    """Say how large a download is that loading a model begins with.
+
+    Raises:
+        UsageError: an unknown name.
+    """
     try:
         locate(name, local_files_only=True)
     except CheckpointError:  # `load` will say what is wrong, unless it can download what is missing
