@@ -162,10 +162,10 @@ def implausible(sizes: dict[str, Size]) -> list[str]:
             limit = WILD[size.kind] * others if others else WILD["alone"] * usual
             if not size.rms and (size.kind == "matrix" or others or NORM.search(name)):
                 odd.append(f"{name} (all zero)")
-            elif size.rms > limit:
-                odd.append(f"{name} ({size.rms / (others or usual):.0f} times as large as its like)")
             elif size.times > WILD["row"] and not TABLE.search(name):
                 odd.append(f"{name} (row {size.row}, {size.times:.0f} times as large as the others)")
+            elif size.rms > limit:
+                odd.append(f"{name} ({size.rms / (others or usual):.0f} times as large as its like)")
     return odd
 
 
