@@ -173,8 +173,6 @@ class Inputs:
 
 
 LENGTHS: dict[str, Any] = {"max_new_tokens": 16, "min_new_tokens": 8}  # so that there are words to compare
-GREEDY = {"do_sample": False, "num_beams": 1, **LENGTHS}
-BEAM = Generation.caption(**LENGTHS)
 
 
 @torch.no_grad()
@@ -195,7 +193,8 @@ def ours(folder: Path, precision: str, device: str) -> tuple[Run, Inputs]:
         ends = model.language_model.generation_config.eos_token_id
         greedy = torch.stack(list(decode(model, image, text, Generation(**LENGTHS))), dim=1)
         run.said("greedy ids", greedy, ends)
-        run.said("beam ids", model.generate(image=image, **text, **BEAM.options()), ends)
+        beam = Generation.caption(**LENGTHS).options()
+        run.said("beam ids", model.generate(image=image, **text, **beam), ends)
     else:
         text = {name: value.to(loaded.device) for name, value in processor.text(TEXTS).items()}
         run.values["ITM logits"] = model.match_logits(image, **text).diagonal().T.float().cpu()
@@ -251,7 +250,8 @@ def theirs(folder: Path, inputs: Inputs) -> Run:
     start = {} if decoder else {"decoder_input_ids": inputs.text["input_ids"]}
     run.values["logits"] = model(pixels, **text, **start).logits.float().cpu()
     ends = model.language_model.generation_config.eos_token_id
-    for name, options in (("greedy ids", GREEDY), ("beam ids", BEAM.options())):
+    beam = Generation.caption(**LENGTHS).options()
+    for name, options in (("greedy ids", beam | {"num_beams": 1}), ("beam ids", beam)):
         ids, prompt = model.generate(pixels, **text, **options), text["input_ids"]
         if decoder and ids.shape[1] > prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
             ids = ids[:, prompt.shape[1] :]

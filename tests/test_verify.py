@@ -20,6 +20,12 @@ from blip2.values import write_digests
 FC1 = "vision_model.encoder.layers.1.mlp.fc1.weight"
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """Half as many tokens as people wait for."""
+    monkeypatch.setitem(verify.LENGTHS, "max_new_tokens", 8)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """family -> a folder of ours; not to be changed."""
@@ -226,8 +232,8 @@ def test_a_new_checkpoint_in_the_folder_has_no_digests(folder):
 
 
 def test_checksums_of_the_hubs_cache(made, tmp_path):
-    """Files are links to blobs named by their checksums; big ones maybe by way of a store that repositories share."""
-    snapshot, blobs = tmp_path / "snapshots" / "0" / "", tmp_path / "blobs"
+    """Files are links to blobs named by their checksums; big blobs may themselves be links to a store."""
+    snapshot, blobs = tmp_path / "snapshots" / "0", tmp_path / "blobs"
     for part in (snapshot, blobs, tmp_path / "shared"):
         part.mkdir(parents=True)
     for file in (made / "opt").iterdir():
@@ -290,15 +296,13 @@ def test_where_the_two_part(made, monkeypatch, part, check, where):
     monkeypatch.setattr(verify, "load", load_wrongly)
     checks = report(made / "opt")
     names = [*verify.GROUPS, "logits"]
-    assert [checks[name].passed for name in names] == [
-        name not in names[names.index(check) :] for name in names
-    ]
+    assert {name for name in names if not checks[name].passed} == set(names[names.index(check) :])
     assert checks[check].where == where
 
 
 def test_what_cannot_be_verified(tmp_path, capsys):
     assert main(["verify", "blip2-opt"]) == 2
-    assert "Did you mean blip2-opt-2.7b" in capsys.readouterr().err
+    assert "Did you mean blip2-opt-" in capsys.readouterr().err
     assert main(["verify", str(tmp_path)]) == 1
     assert "holds no config.json" in capsys.readouterr().out
     assert main(["verify", "scenes-opt", "--device", "cuda:9"]) == 2

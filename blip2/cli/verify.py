@@ -38,7 +38,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         "checks": [asdict(check) for check in checks],
         "versions": versions(args.device),
     }
-    lines = [line for check in checks for line in describe(check)]
+    lines = []
+    for check, before in zip(checks, [None, *checks], strict=False):
+        lines += describe(check, said=before is not None and before.expected == check.expected)
     lines += ["", ", ".join(f"{name} {number}" for name, number in document["versions"].items())]
     skipped = sum(check.passed is None for check in checks)
     done = f"{len(checks) - skipped} checks, {skipped} that do not apply"
@@ -47,10 +49,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return int(bool(wrong))
 
 
-def describe(check: Check) -> list[str]:
-    """A check for people: what was found, what was expected, and where it is wrong."""
+def describe(check: Check, said: bool = False) -> list[str]:
+    """A check for people: what was found, what was expected if that is not `said`, and where it is wrong."""
     lines = [f"{WORDS[check.passed]:4}  {check.name}: {check.found}"]
-    if check.expected and check.passed is not None:
+    if check.expected and check.passed is not None and not said:
         lines.append(f"      expected: {check.expected}")
     if check.where:
         lines.append(f"      where: {check.where}")
