@@ -26,6 +26,7 @@ class Blip2Base(PreTrainedModel):
     main_input_name = "pixel_values"
     _supports_sdpa = True
     _no_split_modules = ["Block", "Layer", "PatchEmbeddings", "TextEmbeddings"]  # noqa: RUF012
+    _skip_keys_device_placement = "past_key_values"  # spread over devices, each layer has its own
     _keep_in_fp32_modules = ["query_tokens", "qformer"]  # noqa: RUF012 - under float16 only
     _heads: tuple[str, ...] = ()  # linear layers that start from torch's own initialization
 

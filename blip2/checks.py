@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.utils.sha import git_hash
 
 from blip2.base import Blip2Base
-from blip2.checkpoint import EXTERNAL, check_loading
+from blip2.checkpoint import check_loading
 from blip2.errors import CheckpointError
-from blip2.layout import STAGE1_EXTRAS, Layout, weight_files
-from blip2.model import Blip2
+from blip2.layout import EXTERNAL, STAGE1_EXTRAS, Layout
 from blip2.presets import Preset
+from blip2.quantize import T5_OUTPUT, empty_model, stored_precision
 from blip2.representation import Blip2Representation
+from blip2.shards import weight_files
 
 PARTS = {
     "vision_model": "image encoder",
@@ -32,7 +32,6 @@ PARTS = {
     "language_projection": "language projection",
     "language_model": "language model",
 }
-T5_OUTPUT = "language_model.lm_head.weight"
 OLD_OPT_VOCABULARY = 50272  # revisions before 2025
 
 Watch = Callable[[str, int, int], None]  # (what is being done, bytes so far, bytes in all)
@@ -55,17 +54,6 @@ class Check:
     expected: str
     found: str
     where: str = ""
-
-
-def empty_model(layout: Layout) -> Blip2Base:
-    """The model that the configuration describes, without memory for its weights."""
-    with torch.device("meta"):
-        return (Blip2Representation if layout.stage1 else Blip2)(layout.config)
-
-
-def is_quantized(layout: Layout) -> bool:
-    """Whether it holds 8-bit or 4-bit weights."""
-    return bool(getattr(layout.config, "quantization_config", None))
 
 
 # --- files and names ---
@@ -116,7 +104,7 @@ def _account(layout: Layout, model: Blip2Base) -> dict[str, Any]:
     """What loading would say of names and shapes, without reading values."""
     places = {name: tuple(place.shape) for name, place in model.state_dict().items()}
     stored = {ours(name, layout): shape for name, shape in layout.shapes.items()}
-    if is_quantized(layout):  # packed, with scales beside them; loading holds them to account
+    if stored_precision(layout) is not None:  # packed, with scales beside them; loading holds them to account
         stored = {name: places[name] for name in stored if name in places}
     copies = set(model.get_expanded_tied_weights_keys(all_submodels=True))
     return {
@@ -167,7 +155,7 @@ def _by_part(counts: dict[str, int]) -> dict[str, int]:
 def check_counts(layout: Layout, model: Blip2Base, preset: Preset | None) -> Check:
     """Parameters by part: what the files hold against the release, or against what config.json describes."""
     stored = {ours(name, layout): math.prod(shape) for name, shape in layout.shapes.items()}
-    if is_quantized(layout):
+    if stored_precision(layout) is not None:
         return Check("parameters", None, "", "not counted: 8-bit and 4-bit weights are stored packed")
     expected, source = count_parts(model, set(stored)), "config.json"
     tied = set(model.get_expanded_tied_weights_keys(all_submodels=True)) - {T5_OUTPUT}

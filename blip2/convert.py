@@ -22,11 +22,12 @@ from transformers import (
 
 from blip2.checkpoint import DTYPES, check_loading, quiet
 from blip2.lavis_names import infer_config, rename
-from blip2.layout import CheckpointError, Layout, check_config, read_pickle
+from blip2.layout import CheckpointError, Layout, check_config
 from blip2.model import Blip2
 from blip2.processing import Processor
 from blip2.representation import Blip2Representation
 from blip2.saving import save
+from blip2.shards import read_pickle
 
 BERT = "google-bert/bert-base-uncased"
 LANGUAGE_MODELS = {

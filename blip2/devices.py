@@ -120,6 +120,23 @@ def device_name(device: "str | torch.device" = "auto") -> str:
     return {"mps": "Apple GPU", "cpu": "CPU"}.get(device.type, device.type)
 
 
+def half_precision(device: "torch.device", language_model: str = "opt") -> str:
+    """The 16-bit precision that a device computes in: bfloat16, float16, or float32 where neither serves."""
+    import torch
+
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16"
+        return "float32" if language_model == "t5" else "float16"  # Flan-T5 overflows in float16
+    if device.type == "mps":
+        return "bfloat16"
+    fast = (
+        getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+    )
+    return "bfloat16" if fast else "float32"
+
+
 def free_unused() -> None:
     """Give back what models that are gone took: collect circles, and empty torch's caches."""
     import torch

@@ -15,6 +15,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used, or cannot be found; the message says what to do."""
 
 
+class DoesNotFitError(CheckpointError):
+    """A model that needs more memory than is free; the message says what would fit."""
+
+
 class UnknownPictureError(ValueError):
     """A picture of a kind that the model does not know; an answer would be about something else.
 

@@ -13,22 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import Blip2Config, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from blip2.config import Blip2AnyConfig
 from blip2.errors import CheckpointError
 from blip2.presets import PRESETS
+from blip2.shards import one_line, read_json, read_shapes, variant_of
 
+EXTERNAL = "vision_model.external."  # weights of an image encoder that is a callable
 NOVELTY = "novelty.safetensors"  # see `blip2.novelty`
 DIGESTS = "digests.json"  # see `blip2.values`
-VARIANT = (
-    "any"  # weights of `blip2-any` are named apart, so that transformers finds none and refuses the folder
-)
-
 # Old names of parameters, as regular expressions, and the names they have here.
 OLD_NAMES = {r"^vision_proj\.": "vision_projection.", r"^text_proj\.": "text_projection."}
 INSTRUCT_NAMES = {
@@ -88,8 +84,8 @@ def read_layout(folder: Path) -> Layout:
         CheckpointError: files are missing or broken, or the configuration contradicts itself.
     """
     raw = read_json(folder / "config.json")
-    variant = _variant(raw)
-    shapes = _read_shapes(folder, variant)
+    variant = variant_of(raw)
+    shapes = read_shapes(folder, variant)
     config = parse_config(raw, folder)
     text_raw = raw.get("text_config") or {}
     untied = text_raw.get("model_type") == "t5" and text_raw.get("tie_word_embeddings") is False
@@ -139,7 +135,7 @@ def parse_config(raw: dict[str, Any], source: Path | str) -> Blip2Config:
     try:
         config = (Blip2AnyConfig if model_type == "blip2-any" else Blip2Config).from_dict(raw)
     except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: config.json cannot be used: {_one_line(error)}") from error
+        raise CheckpointError(f"{source}: config.json cannot be used: {one_line(error)}") from error
     check_config(config, source)
     if explicit is not None and explicit != config.vision_config.hidden_size:
         raise CheckpointError(
@@ -303,121 +299,6 @@ def _is_stage1(raw: dict[str, Any], shapes: dict[str, tuple[int, ...]], folder: 
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a checkpoint.
-
-    Raises:
-        CheckpointError: the file is missing or broken.
-    """
-    if not path.is_file():
-        hint = ""
-        if (path.parent / "adapter_config.json").is_file():
-            hint = ": this is an adapter, load the model it was trained on and pass this folder as `adapter`"
-        raise CheckpointError(f"{path.parent} holds no {path.name}{hint}")
-    try:
-        contents = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {_one_line(error)}") from error
-    if not isinstance(contents, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(contents).__name__}")
-    return contents
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a folder holds a configuration and all weight files, as a finished download does."""
-    try:
-        return bool(weight_files(folder, _variant(read_json(folder / "config.json"))))
-    except CheckpointError:
-        return False
-
-
-def _variant(raw: dict[str, Any]) -> str | None:
-    return VARIANT if raw.get("model_type") == "blip2-any" else None
-
-
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The weight files of a folder, all shards of the first layout found: safetensors before .bin.
-
-    Raises:
-        CheckpointError: there are none, or a shard that the index names is missing.
-    """
-    middle = f".{variant}" if variant else ""
-    for single, index in (
-        (f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"),
-        (f"pytorch_model{middle}.bin", f"pytorch_model.bin.index{middle}.json"),
-    ):
-        if (folder / single).is_file():
-            return [folder / single]
-        if (folder / index).is_file():
-            names = read_json(folder / index).get("weight_map")
-            if not isinstance(names, dict) or not names:
-                raise CheckpointError(f"{folder / index} has no weight_map")
-            files = [folder / Path(name).name for name in sorted(set(names.values()))]
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise CheckpointError(
-                    f"{folder}: {len(missing)} of {len(files)} weight files are missing: "
-                    f"{', '.join(missing[:5])}; download them again"
-                )
-            return files
-    raise CheckpointError(
-        f"{folder} holds no weights: expected model{middle}.safetensors or its shards and index"
-    )
-
-
-def _read_shapes(folder: Path, variant: str | None) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all stored tensors, from the files' headers alone."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(folder, variant):
-        with file.open("rb") as start:
-            pointer = start.read(24)
-        if pointer.startswith(b"version https://git-lfs"):
-            raise CheckpointError(
-                f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in {folder}"
-            )
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 - not a dict
-                        shapes[name] = tuple(tensors.get_slice(name).get_shape())
-            except SafetensorError as error:
-                raise CheckpointError(
-                    f"{file} is damaged or cut off ({_one_line(error)}): fetch it again"
-                ) from error
-        else:
-            shapes |= {name: tuple(tensor.shape) for name, tensor in read_pickle(file, meta=True).items()}
-    return shapes
-
-
-def read_pickle(file: Path, meta: bool = False) -> dict[str, Any]:
-    """Read a .bin or .pth of tensors without running any code that it may hold.
-
-    Args:
-        file: what to read.
-        meta: shapes only.
-
-    Raises:
-        CheckpointError: it is damaged, or holds more than tensors and plain containers.
-    """
-    try:
-        contents = torch.load(file, map_location="meta" if meta else "cpu", weights_only=True, mmap=None)
-    except Exception as error:  # torch names no common class for what a damaged or hostile file raises
-        words = str(error)
-        if (
-            "weights_only" in words.lower()
-            or "Unsupported global" in words
-            or "unsupported operand" in words.lower()
-        ):
-            raise CheckpointError(
-                f"{file} holds Python objects beside tensors; they could run code, so it is not read. "
-                "Get the weights as safetensors, or a file that torch.load(weights_only=True) reads"
-            ) from error
-        raise CheckpointError(f"{file} is damaged or no PyTorch file: {_one_line(error)}") from error
-    if not isinstance(contents, dict):
-        raise CheckpointError(f"{file} must hold a dict of tensors, not {type(contents).__name__}")
-    return contents
-
-
 def _check_processor(folder: Path, config: Blip2Config) -> None:
     """Hold the number of queries that the processor writes into prompts to the model's."""
     path = folder / "processor_config.json"
@@ -427,8 +308,3 @@ def _check_processor(folder: Path, config: Blip2Config) -> None:
             f"{folder}: processor_config.json says num_query_tokens {count}, config.json says "
             f"{config.num_query_tokens}: make them equal"
         )
-
-
-def _one_line(error: BaseException) -> str:
-    """An exception's message as part of a sentence."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8", "nf4")
 SMALL_PRECISIONS = ("bfloat16", "int8", "nf4")  # that a released checkpoint is kept in, the most exact first
+# Bytes a weight; nf4: 4 bits, and a doubly quantized scale a block.
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": 0.516}
 ORGANIZATION = "Salesforce"
 
 EVA = "The image encoder (EVA-CLIP ViT-g/14) and Salesforce's weights are MIT."
@@ -37,13 +39,14 @@ class Preset:
         repo_id: where it lies on the Hub; None for an embedded one.
         kind: "generate" (captions, answers, chat) or "match" (image-text scores).
         parameters: of the whole model.
-        quantizable: weights that int8 and nf4 shrink; the rest stays in 16 bits.
+        quantizable: weights that int8 and nf4 shrink, the language model's; the rest stays in 16 bits.
         kept: weights that float16 keeps in float32 (Q-Former, queries, T5's `wo`).
         image_size: pixels a side.
         language_model: "opt", "t5", or "bert" where the Q-Former itself reads the text.
         text_size: (width, feed-forward width, layers, heads) of the language model.
         license: what may be done with it.
         prompt: the frame it expects around a caption request (coco models were tuned on one).
+        vision: weights of the image encoder that int8 and nf4 shrink too where that is asked for.
     """
 
     name: str
@@ -57,19 +60,26 @@ class Preset:
     text_size: tuple[int, int, int, int] | None
     license: str
     prompt: str = ""
+    vision: int = 0
 
     @property
     def download_bytes(self) -> int:
         """What has to be downloaded: the releases are stored in float32. 0 for an embedded checkpoint."""
         return 4 * self.parameters if self.repo_id else 0
 
-    def memory(self, precision: str) -> int:
+    def memory(self, precision: str, *, quantize_vision: bool = False, rest: str = "bfloat16") -> int:
         """Bytes the weights take in memory.
+
+        Args:
+            precision: one of `PRECISIONS`.
+            quantize_vision: under int8 and nf4, the image encoder's too.
+            rest: under int8 and nf4, the precision of what is not quantized.
 
         Raises:
             ValueError: an unknown precision.
         """
-        return memory(self.parameters, self.quantizable, self.kept, precision)
+        quantizable = self.quantizable + quantize_vision * self.vision
+        return memory(self.parameters, quantizable, self.kept, precision, rest)
 
     @property
     def folder(self) -> Path | None:
@@ -137,27 +147,26 @@ T5_TEXT = {
 }
 
 
-def memory(parameters: int, quantizable: int, kept: int, precision: str) -> int:
-    """Bytes that the weights of a model take: see `Preset` for the arguments.
+def memory(parameters: int, quantizable: int, kept: int, precision: str, rest: str = "bfloat16") -> int:
+    """Bytes that the weights of a model take: see `Preset` and `Preset.memory` for the arguments.
 
     Raises:
         ValueError: an unknown precision.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
-    if precision == "float32":
-        return 4 * parameters
-    if precision == "float16":
-        return 2 * parameters + 2 * kept
-    shrunk = {"bfloat16": 2.0, "int8": 1.0, "nf4": 0.516}[
-        precision
-    ]  # nf4: 4 bits and a doubly quantized scale a block
-    return int(2 * (parameters - quantizable) + shrunk * quantizable)
+    if precision not in ("int8", "nf4"):
+        quantizable, rest = 0, precision
+    kept_more = (BYTES["float32"] - BYTES[rest]) * kept if rest == "float16" else 0
+    return int(BYTES[rest] * (parameters - quantizable) + BYTES[precision] * quantizable + kept_more)
+
+
+OVERHEAD, LIBRARIES = 1.1, 700_000_000  # activations and caches, a share of the weights; bytes
 
 
 def room(weights: int) -> int:
     """Bytes to have free for a model of that many bytes of weights: activations, caches, the libraries."""
-    return int(1.1 * weights) + 700_000_000 * (weights > 400_000_000)
+    return int(OVERHEAD * weights) + LIBRARIES * (weights > 400_000_000)
 
 
 # Zero-shot VQAv2 test-dev (Tab. 2): Flan-T5-XXL 65.0, XL 63.0, OPT-6.7B 52.6, OPT-2.7B 52.3; the Flan-T5
@@ -202,7 +211,7 @@ def best(
             if name in FAST_ONLY:
                 precisions = precisions[: accelerator is not None]
             for precision in precisions:
-                if room(preset.memory(precision)) <= space:
+                if room(preset.memory(precision, rest=exact)) <= space:
                     return name, precision
     return None
 
@@ -217,7 +226,7 @@ def _released() -> list[Preset]:
 
     def opt(name: str, parameters: int, size: tuple[int, int, int, int], coco: bool) -> Preset:
         width, ffn, layers, _ = size
-        quantizable = tower + layers * (4 * width**2 + 2 * width * ffn)
+        quantizable = layers * (4 * width**2 + 2 * width * ffn)
         return Preset(
             name,
             f"{ORGANIZATION}/{name}",
@@ -230,12 +239,13 @@ def _released() -> list[Preset]:
             size,
             OPT_LICENSE,
             "a photo of" if coco else "",
+            tower,
         )
 
     def t5(name: str, parameters: int, size: tuple[int, int, int, int], coco: bool) -> Preset:
         width, ffn, layers, heads = size
         attention, wide = 4 * width * 64 * heads, 2 * width * ffn
-        quantizable = tower + layers * (3 * attention + 2 * wide)
+        quantizable = layers * (3 * attention + 2 * wide)
         return Preset(
             name,
             f"{ORGANIZATION}/{name}",
@@ -248,6 +258,7 @@ def _released() -> list[Preset]:
             size,
             T5_LICENSE,
             "a photo of" if coco else "",
+            tower,
         )
 
     def match(name: str, coco: bool) -> Preset:
@@ -259,12 +270,13 @@ def _released() -> list[Preset]:
             f"{ORGANIZATION}/{name}",
             "match",
             parameters,
-            tower,
+            0,
             kept,
             size,
             "bert",
             None,
             MATCH_LICENSE,
+            vision=tower,
         )
 
     return [

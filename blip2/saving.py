@@ -13,9 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blip2.base import Blip2Base
-from blip2.layout import DIGESTS, NOVELTY, VARIANT, CheckpointError, stored_name, write_config
+from blip2.errors import CheckpointError
+from blip2.layout import DIGESTS, NOVELTY, stored_name, write_config
 from blip2.processing import Processor
 from blip2.representation import Blip2Representation
+from blip2.shards import VARIANT
 
 # what a new checkpoint replaces; novelty and digests are of the old one's weights, a template of its words
 WEIGHTS = re.compile(

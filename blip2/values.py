@@ -21,7 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from blip2.checks import Check, Watch, ours
-from blip2.layout import DIGESTS, NOVELTY, Layout, read_json, read_layout, read_pickle, weight_files
+from blip2.layout import DIGESTS, NOVELTY, Layout, read_layout
+from blip2.shards import read_json, read_pickle, weight_files
 
 EVA_WIDTH = 1408
 # How many times larger than its like a tensor may be, and a row than the tensor's others. Trained models

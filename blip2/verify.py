@@ -21,24 +21,25 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from blip2 import __version__, resources
-from blip2.checkpoint import DTYPES, Loaded, load, locate, quiet
+from blip2.checkpoint import Loaded, load, locate
 from blip2.checks import (
     Check,
     Watch,
     check_counts,
     check_layout,
     check_sums,
-    empty_model,
-    is_quantized,
 )
 from blip2.devices import device_name, free_unused
 from blip2.errors import CheckpointError
 from blip2.generation import decode
 from blip2.images import open_image
-from blip2.layout import read_json, read_layout
+from blip2.layout import read_layout
 from blip2.model import Blip2
 from blip2.presets import find_preset
+from blip2.progress import quiet
+from blip2.quantize import DTYPES, empty_model, stored_precision
 from blip2.settings import Generation
+from blip2.shards import read_json
 from blip2.values import check_values
 
 PICTURES = ("scene-1.png", "photos/cat.jpg")
@@ -109,7 +110,7 @@ def verify(
         yield Check("transformers", None, "", "not compared, as what both would read is wrong")
         return
     tell("comparing", 0, 0)
-    yield from compare(folder, "auto" if is_quantized(layout) else precision, device)
+    yield from compare(folder, "auto" if stored_precision(layout) else precision, device)
 
 
 def versions(device: str = "cpu") -> dict[str, str]:

@@ -46,6 +46,10 @@ def test_ones_own_encoder_is_trained_and_saved(own, tmp_path):
         torch.testing.assert_close(hidden, kept.encode(pixels))
         half = load(folder, precision="bfloat16", device="cpu").model
         assert half.vision_model.encode(pixels).dtype == torch.bfloat16
+        if folder == own[0]:  # stage 1 has no language model
+            with pytest.raises(CheckpointError, match="no language model, which is what int8 quantizes"):
+                load(folder, precision="int8", device="cpu")
+            continue
         few = load(folder, precision="int8", device="cpu")
         again = load(save(few.model, few.processor, tmp_path / folder.parent.name), device="cpu").model
         assert torch.equal(again.vision_model.encode(pixels), few.model.vision_model.encode(pixels))

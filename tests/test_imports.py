@@ -23,6 +23,12 @@ LAYERS = [
         "images",
         "processing",
         "checkpoint",
+        "fitting",
+        "hub",
+        "placement",
+        "progress",
+        "quantize",
+        "shards",
         "layout",
         "saving",
         "convert",
@@ -32,7 +38,7 @@ LAYERS = [
         "presets",
     },
     {"conversation", "generation", "chat", "explain", "checks", "values", "verify"},
-    {"bulk", "server", "folder", "pictures", "report", "sidecars", "deploy"},
+    {"bench", "bulk", "server", "folder", "pictures", "report", "sidecars", "deploy"},
     {"cli", "ui", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

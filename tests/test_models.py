@@ -459,8 +459,8 @@ def test_the_first_precision_that_fits(monkeypatch):
         (64, 80, 40, {}, ("blip2-flan-t5-xl", "bfloat16")),  # no disk for XXL's 49 GB
         (64, 8, 900, {}, ("blip2-flan-t5-xl", "int8")),
         (64, 8, 900, {"quantized": False}, None),
-        (64, 4.5, 900, {}, ("blip2-flan-t5-xl", "nf4")),
-        (64, 3.5, 900, {}, ("blip2-opt-2.7b", "nf4")),
+        (64, 6, 900, {}, ("blip2-flan-t5-xl", "nf4")),
+        (64, 5, 900, {}, ("blip2-opt-2.7b", "nf4")),
         (64, 2, 900, {}, None),
         (64, None, 900, {}, ("blip2-flan-t5-xl", "bfloat16")),  # XXL is no model for a CPU
         (16, None, 900, {"full": "float32"}, ("blip2-flan-t5-xl", "int8")),
@@ -482,7 +482,7 @@ def test_the_best_for_this_machine_is_a_name(monkeypatch, tmp_path):
     monkeypatch.setattr(fitting, "full_precision", lambda preset: "float32")
     monkeypatch.setattr(fitting, "why_not_quantized", lambda: None)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * GB))
-    for free, name in ((64, "blip2-flan-t5-xl"), (9, "blip2-flan-t5-xl@int8"), (1, None)):
+    for free, name in ((64, "blip2-flan-t5-xl"), (11, "blip2-flan-t5-xl@int8"), (1, None)):
         monkeypatch.setattr(fitting, "main_memory", lambda free=free: Memory(64 * GB, free * GB))
         assert Models("scenes-opt", local=True).best() == name
 

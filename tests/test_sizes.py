@@ -4,9 +4,9 @@ import pytest
 import torch
 import transformers
 
-from blip2.checkpoint import UNQUANTIZED
 from blip2.model import Blip2
-from blip2.presets import PRESETS, Preset
+from blip2.presets import PRECISIONS, PRESETS, Preset
+from blip2.quantize import UNQUANTIZED, weight_bytes
 from blip2.representation import Blip2Representation
 
 COUNTS = {
@@ -16,6 +16,7 @@ COUNTS = {
     "blip2-flan-t5-xxl": 12_229_596_672,
     "blip2-itm-vit-g": 1_172_032_258,
 }
+VISION = "vision_model"
 STAGE1_EXTRA = 622_652  # temperature and language model head
 OUTPUT_MATRIX = {
     "blip2-flan-t5-xl": 32128 * 2048,
@@ -60,14 +61,27 @@ def test_keys_and_shapes_are_transformers(name, model):
 def test_memory_table(name, model):
     """What the presets say of memory follows from the model and from what is kept out of quantization."""
     skipped = (*UNQUANTIZED, "qformer", "query_tokens", "wo")
-    quantizable = kept = 0
+    quantizable = vision = kept = 0
     for path, module in model.named_modules():
         parts = path.split(".")
         if isinstance(module, torch.nn.Linear) and not any(part in skipped for part in parts):
-            quantizable += module.weight.numel()
+            count = module.weight.numel()
+            quantizable, vision = (
+                quantizable + count * (parts[0] != VISION),
+                vision + count * (parts[0] == VISION),
+            )
     for path, parameter in model.named_parameters():
         kept += parameter.numel() * any(part in ("qformer", "query_tokens", "wo") for part in path.split("."))
-    assert (PRESETS[name].quantizable, PRESETS[name].kept) == (quantizable, kept)
+    preset = PRESETS[name]
+    assert (preset.quantizable, preset.vision, preset.kept) == (quantizable, vision, kept)
+    if preset.kind == "generate":
+        for precision in PRECISIONS:
+            for quantize_vision in (False, True):
+                sizes = weight_bytes(
+                    model, precision, quantize_vision=quantize_vision, untied=preset.language_model == "t5"
+                )
+                mine = preset.memory(precision, quantize_vision=quantize_vision)
+                assert sum(sizes.values()) == pytest.approx(mine, abs=1000)  # nf4 is rounded
 
 
 def test_trainable_stage1():
@@ -92,7 +106,7 @@ def test_coco_presets():
 
 
 def test_memory_figures():
-    """Gigabytes that were measured on transformers' models."""
+    """Gigabytes that were measured on transformers' models, whose int8 takes in the image encoder."""
     expected = {
         "blip2-opt-2.7b": (14.98, 7.49, 7.70, 3.99),
         "blip2-opt-6.7b": (31.01, 15.51, 15.72, 8.08),
@@ -100,7 +114,10 @@ def test_memory_figures():
         "blip2-flan-t5-xxl": (48.92, 24.46, 28.70, 14.61),
     }
     for name, figures in expected.items():
-        mine = [PRESETS[name].memory(p) / 1e9 for p in ("float32", "bfloat16", "float16", "int8")]
+        preset = PRESETS[name]
+        mine = [preset.memory(p, quantize_vision=True) / 1e9 for p in PRECISIONS[:4]]
         assert mine == pytest.approx(figures, abs=0.012)
+        encoder = 39 * (4 * 1408**2 + 2 * 1408 * 6144)  # stays in 16 bits if nothing else is said
+        assert preset.memory("int8") - preset.memory("int8", quantize_vision=True) == encoder
     with pytest.raises(ValueError, match="unknown precision 'fp16': choose one of float32,"):
         PRESETS["blip2-opt-2.7b"].memory("fp16")

@@ -22,8 +22,8 @@ from blip2.checkpoint import quiet
 from blip2.config import CallableVisionConfig
 from blip2.encoders import AutoVisionEncoder, CallableEncoder, import_encoder, registered
 from blip2.images import CLIP_MEAN, CLIP_STD
-from blip2.layout import read_json
 from blip2.processing import pixel_size
+from blip2.shards import read_json
 from blip2.vision import ImageEncoder, VisionTransformer
 from train.recipes import RecipeError
 

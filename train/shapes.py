@@ -15,9 +15,10 @@ from torch import nn
 from transformers import AutoConfig, Blip2VisionConfig
 
 from blip2.config import config_class
-from blip2.layout import parse_config, read_json
+from blip2.layout import parse_config
 from blip2.model import Blip2
 from blip2.representation import Blip2Representation
+from blip2.shards import read_json
 from train import execution
 from train.encoders import ENCODERS, OURS, find, is_function, load_encoder
 from train.encoders import _tower as tower

@@ -28,11 +28,13 @@ from blip2.config import config_class
 from blip2.convert import qformer_from_bert
 from blip2.encoders import import_encoder, registered
 from blip2.language import Manners
-from blip2.layout import MODEL_TYPES, read_json, readers
+from blip2.layout import MODEL_TYPES, readers
 from blip2.model import Blip2
 from blip2.processing import Family, Processor
 from blip2.qformer import QFormer
+from blip2.quantize import quantization, skipped
 from blip2.representation import Blip2Representation
+from blip2.shards import read_json
 from blip2.vision import ImageEncoder
 from train.encoders import find, load_encoder
 from train.recipes import Recipe, RecipeError
@@ -262,7 +264,7 @@ def load_language_model(source: Any, precision: str = "float32") -> PreTrainedMo
         return family.from_pretrained(source, dtype=checkpoint.DTYPES.get(precision, "auto"))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     dtype = checkpoint.DTYPES[checkpoint.half_precision(torch.device(device), config.model_type)]
-    options = checkpoint.quantization(precision, dtype, _awkward(family, config, device))
+    options = quantization(precision, dtype, skipped(), _awkward(family, config, device))
     return family.from_pretrained(source, dtype=dtype, quantization_config=options, device_map={"": device})
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Blip2Visio
 
 from blip2.errors import CheckpointError
 from blip2.lavis_names import rename
-from blip2.layout import read_pickle
+from blip2.shards import read_pickle
 from blip2.vision import VisionTransformer
 
 

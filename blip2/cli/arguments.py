@@ -194,8 +194,26 @@ def _add_machine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> N
         metavar="MODULE:FUNCTION",
         help="import the image encoder of a model that was trained with a function of one's own",
     )
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="auto",
+        help="auto (default): float32 for small models, else bfloat16 or float16 where the machine computes "
+        "in it; int8 and nf4 are 8 and 4 bits for the language model",
+    )
+    parser.add_argument("--quantize-vision", action="store_true", help="int8, nf4: the image encoder too")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 or mps")
+    parser.add_argument(
+        "--max-memory",
+        metavar="SIZES",
+        help="weights that each device may hold, such as cpu=8GB,cuda:0=20GB; the model is spread over them",
+    )
+    parser.add_argument(
+        "--offload-folder", metavar="FOLDER", help="keep on the disk, here, what --max-memory does not allow"
+    )
+    parser.add_argument(
+        "--no-memory-check", action="store_true", help="load a model that may not fit into the free memory"
+    )
     parser.add_argument(
         "--force", action="store_true", help="answer about pictures the model does not know too"
     )

@@ -11,18 +11,17 @@ from torch import nn
 from transformers import Blip2Config
 
 from blip2.base import Blip2Base
-from blip2.checkpoint import EXTERNAL, UNQUANTIZED, is_available, locate
+from blip2.checkpoint import is_available, locate
 from blip2.checks import count_parts
 from blip2.cli.console import Console, UsageError, table
 from blip2.cli.models import DOES
 from blip2.devices import device_advice
 from blip2.download import download
-from blip2.layout import CheckpointError, read_layout, readers
+from blip2.layout import EXTERNAL, CheckpointError, read_layout, readers
 from blip2.model import Blip2
 from blip2.presets import PRECISIONS, PRESETS, Preset, find_preset, memory, suggestions
+from blip2.quantize import KEPT, skipped
 from blip2.representation import Blip2Representation
-
-KEPT = ("qformer", "query_tokens", "wo")  # what float16 keeps in float32
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -138,11 +137,11 @@ def _trainable(model: Blip2Base) -> dict[str, int]:
 
 def _memory_shares(model: Blip2Base) -> tuple[int, int]:
     """Weights that int8 and nf4 shrink, and weights that float16 keeps in float32."""
-    skipped = {*UNQUANTIZED, *KEPT}
+    skip = {*skipped(), *KEPT}
     quantizable = sum(
         module.weight.numel()
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not skipped & set(path.split("."))
+        if isinstance(module, nn.Linear) and not skip & set(path.split("."))
     )
     kept = sum(
         parameter.numel() for path, parameter in model.named_parameters() if set(KEPT) & set(path.split("."))

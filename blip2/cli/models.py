@@ -9,10 +9,11 @@ from PIL import Image
 
 from blip2.checkpoint import CheckpointError, Loaded, is_available, load, locate
 from blip2.cli.console import Console, UsageError
-from blip2.devices import choose_device, device_advice
+from blip2.devices import device_advice
 from blip2.generation import Generation, describe, num_descriptions
 from blip2.model import Blip2
 from blip2.novelty import UnknownPictureError
+from blip2.placement import main_device, read_budget
 from blip2.presets import DEFAULT, PRESETS, Preset, find_preset
 from blip2.processing import Processor, PromptError
 from blip2.vision import ImageFeatures
@@ -96,7 +97,12 @@ def load_model(name: str, kind: Kind, args: argparse.Namespace, console: Console
         UsageError: it is made for something else, or the device is not there.
     """
     try:
-        choose_device(args.device)
+        budget = read_budget(args.max_memory) if args.max_memory else None
+        main_device(budget, args.device)
+        if args.offload_folder and not budget:
+            raise UsageError("--offload-folder goes with --max-memory, which says what may stay in memory")
+        if args.quantize_vision and args.precision not in ("int8", "nf4", "auto"):
+            raise UsageError(f"--quantize-vision goes with --precision int8 or nf4, not {args.precision}")
     except ValueError as error:
         raise UsageError(str(error)) from error
     check_model(name, kind, console)
@@ -104,7 +110,15 @@ def load_model(name: str, kind: Kind, args: argparse.Namespace, console: Console
     advice = device_advice() if args.device == "auto" and (preset is None or preset.repo_id) else None
     if advice:
         console.note(advice)
-    loaded = load(name, precision=args.precision, device=args.device)
+    loaded = load(
+        name,
+        precision=args.precision,
+        device=args.device,
+        quantize_vision=args.quantize_vision,
+        max_memory=args.max_memory,
+        offload_folder=args.offload_folder,
+        check_memory=not args.no_memory_check,
+    )
     if isinstance(loaded.model, Blip2) != (kind == "generate"):
         _refuse_kind(name, kind)
     for note in loaded.notes:

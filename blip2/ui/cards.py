@@ -3,7 +3,14 @@
 import html
 from pathlib import Path
 
-from blip2.devices import accelerator_memory, choose_device, device_name, main_memory, why_not_quantized
+from blip2.devices import (
+    accelerator_memory,
+    choose_device,
+    device_name,
+    half_precision,
+    main_memory,
+    why_not_quantized,
+)
 from blip2.presets import EMBEDDED, PRECISIONS, Preset, find_preset
 
 WORLD = "nine colors, eight shapes, two sizes"
@@ -41,8 +48,6 @@ def caption_prompt(name: str) -> str:
 
 def full_precision(preset: Preset) -> str:
     """What "full" means for a released checkpoint on this machine."""
-    from blip2.checkpoint import half_precision
-
     return half_precision(choose_device(), preset.language_model)
 
 

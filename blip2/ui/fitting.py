@@ -5,16 +5,15 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
+from blip2 import fitting
 from blip2.devices import Memory, accelerator_memory, choose_device, main_memory, why_not_quantized
-from blip2.presets import PRESETS, best, room
+from blip2.presets import PRESETS, best
 from blip2.ui.cards import BITS, FULL, find_preset, full_precision, gigabytes, join
-
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.1, "int8": 1.2, "nf4": 0.8}  # a weight, roughly
 
 
 def memory() -> Memory:
     """The memory that models go to: the accelerator's, else the machine's."""
-    return accelerator_memory() or main_memory()
+    return fitting.memory()
 
 
 def space() -> int:
@@ -35,18 +34,15 @@ def needed(base: str, precision: str) -> int:
     Raises:
         CheckpointError: a folder or Hub id that is not here.
     """
-    from blip2.checkpoint import SMALL, half_precision, locate  # takes torch: the page is served before
+    from blip2.hub import locate  # takes torch: the page is served before
     from blip2.layout import read_layout
+    from blip2.quantize import choose_precision
 
     preset = find_preset(base)
     if preset is not None and preset.repo_id:
-        return room(preset.memory(full_precision(preset) if precision == FULL else precision))
+        return fitting.needed(preset, full_precision(preset) if precision == FULL else precision)
     layout = read_layout(locate(base, local_files_only=True)[1])
-    if precision == FULL and layout.num_parameters < SMALL:
-        precision = "float32"
-    elif precision == FULL:
-        precision = half_precision(choose_device(), layout.config.text_config.model_type)
-    return room(int(BYTES[precision] * layout.num_parameters))
+    return fitting.needed(layout, choose_precision(precision, layout, choose_device()))
 
 
 def advice(base: str, precision: str) -> str:

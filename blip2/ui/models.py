@@ -298,7 +298,13 @@ class Models:
             job.report(f"Loading {cards.title(name)}: {done} of {total} tensors")
 
         try:
-            return checkpoint.load(base, precision=precision, local_files_only=self.only is None, watch=watch)
+            return checkpoint.load(
+                base,
+                precision=precision,
+                local_files_only=self.only is None,
+                check_memory=False,  # `_make_room` has, and a Space's memory is not what it seems
+                watch=watch,
+            )
         except Exception as error:
             traceback.clear_frames(error.__traceback__)  # half a model
             free_unused()

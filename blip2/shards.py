@@ -1,0 +1,152 @@
+"""The files of a checkpoint folder: which there are, what is in them, and tensors when they are asked for."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from blip2.errors import CheckpointError
+
+VARIANT = (
+    "any"  # weights of `blip2-any` are named apart, so that transformers finds none and refuses the folder
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing or broken.
+    """
+    if not path.is_file():
+        hint = ""
+        if (path.parent / "adapter_config.json").is_file():
+            hint = ": this is an adapter, load the model it was trained on and pass this folder as `adapter`"
+        raise CheckpointError(f"{path.parent} holds no {path.name}{hint}")
+    try:
+        contents = json.loads(path.read_text("utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {one_line(error)}") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(contents).__name__}")
+    return contents
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds a configuration and all weight files, as a finished download does."""
+    try:
+        return bool(weight_files(folder, variant_of(read_json(folder / "config.json"))))
+    except CheckpointError:
+        return False
+
+
+def variant_of(raw: dict[str, Any]) -> str | None:
+    """The middle part of the weight files' names that goes with a config.json; None for the usual names."""
+    return VARIANT if raw.get("model_type") == "blip2-any" else None
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The weight files of a folder, all shards of the first layout found: safetensors before .bin.
+
+    Raises:
+        CheckpointError: there are none, or a shard that the index names is missing.
+    """
+    middle = f".{variant}" if variant else ""
+    for single, index in (
+        (f"model{middle}.safetensors", f"model.safetensors.index{middle}.json"),
+        (f"pytorch_model{middle}.bin", f"pytorch_model.bin.index{middle}.json"),
+    ):
+        if (folder / single).is_file():
+            return [folder / single]
+        if (folder / index).is_file():
+            names = read_json(folder / index).get("weight_map")
+            if not isinstance(names, dict) or not names:
+                raise CheckpointError(f"{folder / index} has no weight_map")
+            files = [folder / Path(name).name for name in sorted(set(names.values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise CheckpointError(
+                    f"{folder}: {len(missing)} of {len(files)} weight files are missing: "
+                    f"{', '.join(missing[:5])}; download them again"
+                )
+            return files
+    raise CheckpointError(
+        f"{folder} holds no weights: expected model{middle}.safetensors or its shards and index"
+    )
+
+
+def read_shapes(folder: Path, variant: str | None) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all stored tensors, from the files' headers alone."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder, variant):
+        with file.open("rb") as start:
+            pointer = start.read(24)
+        if pointer.startswith(b"version https://git-lfs"):
+            raise CheckpointError(
+                f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in {folder}"
+            )
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118 - not a dict
+                        shapes[name] = tuple(tensors.get_slice(name).get_shape())
+            except SafetensorError as error:
+                raise CheckpointError(
+                    f"{file} is damaged or cut off ({one_line(error)}): fetch it again"
+                ) from error
+        else:
+            shapes |= {name: tuple(tensor.shape) for name, tensor in read_pickle(file, meta=True).items()}
+    return shapes
+
+
+def read_pickle(file: Path, meta: bool = False) -> dict[str, Any]:
+    """Read a .bin or .pth of tensors without running any code that it may hold.
+
+    Args:
+        file: what to read.
+        meta: shapes only.
+
+    Raises:
+        CheckpointError: it is damaged, or holds more than tensors and plain containers.
+    """
+    try:
+        contents = torch.load(file, map_location="meta" if meta else "cpu", weights_only=True, mmap=None)
+    except Exception as error:  # torch names no common class for what a damaged or hostile file raises
+        words = str(error)
+        if (
+            "weights_only" in words.lower()
+            or "Unsupported global" in words
+            or "unsupported operand" in words.lower()
+        ):
+            raise CheckpointError(
+                f"{file} holds Python objects beside tensors; they could run code, so it is not read. "
+                "Get the weights as safetensors, or a file that torch.load(weights_only=True) reads"
+            ) from error
+        raise CheckpointError(f"{file} is damaged or no PyTorch file: {one_line(error)}") from error
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"{file} must hold a dict of tensors, not {type(contents).__name__}")
+    return contents
+
+
+def open_tensors(files: list[Path]) -> dict[str, Any]:
+    """Every tensor of safetensors files, by name, to be read when it is asked for (`tensor[...]`).
+
+    transformers maps files into memory and keeps all of them mapped until the last tensor is in place, so
+    that a model that changes its dtype on the way is there twice. These are read, converted and forgotten
+    one by one.
+    """
+    tensors = {}
+    for file in files:
+        opened = safe_open(file, framework="pt", backend="pread")
+        for name in opened.keys():  # noqa: SIM118 - not a dict
+            tensors[name] = opened.get_slice(name)
+            if 0 in tensors[name].get_shape():  # of nothing no part can be taken
+                tensors[name] = opened.get_tensor(name)
+    return tensors
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message as part of a sentence."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
