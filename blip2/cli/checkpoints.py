@@ -1,8 +1,7 @@
-"""`info`, `download` and `convert`: the checkpoints there are, getting them, and LAVIS files as folders."""
+"""`info` and `convert`: the checkpoints there are, and LAVIS files as folders."""
 
 import argparse
 import math
-import re
 from collections import Counter
 from typing import Any
 
@@ -16,10 +15,9 @@ from blip2.checks import count_parts
 from blip2.cli.console import Console, UsageError, table
 from blip2.cli.models import DOES
 from blip2.devices import device_advice
-from blip2.download import download
 from blip2.layout import EXTERNAL, CheckpointError, read_layout, readers
 from blip2.model import Blip2
-from blip2.presets import PRECISIONS, PRESETS, Preset, find_preset, memory, suggestions
+from blip2.presets import PRECISIONS, PRESETS, Preset, find_preset, memory
 from blip2.quantize import KEPT, skipped
 from blip2.representation import Blip2Representation
 
@@ -28,8 +26,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Run one of these commands; returns the exit code."""
     if args.command == "convert":
         return convert(args, console)
-    if args.command == "download":
-        return fetch(args, console)
     return describe(args, console) if args.model else list_presets(console)
 
 
@@ -212,25 +208,6 @@ def _size(num_bytes: int) -> str:
     if not num_bytes:
         return "-"
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
-
-
-# --- getting them ---
-
-
-def fetch(args: argparse.Namespace, console: Console) -> int:
-    """Bring a checkpoint into the cache; what an earlier call left is taken up."""
-    preset = find_preset(args.model)
-    if preset is not None and preset.repo_id is None:
-        console.show({"name": preset.name, "folder": str(preset.folder)}, [f"{preset.name} is embedded"])
-        return 0
-    if preset is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.model):
-        raise UsageError(f"{args.model!r} is nothing to download. {suggestions(args.model)}")
-    repo_id = str(preset.repo_id) if preset else args.model
-    if preset is not None:
-        console.note(f"{repo_id}, {_size(preset.download_bytes)}. {preset.license}")
-    folder = download(repo_id, args.revision)
-    console.show({"name": repo_id, "folder": str(folder)}, [f"{repo_id} is in {folder}"])
-    return 0
 
 
 # --- conversion ---
