@@ -37,6 +37,7 @@ from blip2.quantize import (
     awkward,
     choose_precision,
     compute_dtype,
+    is_kept,
     quantization,
     skipped,
     stored_precision,
@@ -245,6 +246,9 @@ def _load_model(
     check_loading(layout, info)
     if isinstance(encoder, CallableEncoder):
         _attach(encoder, layout, dtype, device)
+    for key, parameter in model.named_parameters():
+        if parameter.is_meta and dtype == torch.float16 and is_kept(key):
+            parameter.data = parameter.data.float()  # accelerate casts what it brings in to what was there
     model.config.dtype = dtype
     model.config.name_or_path = model.name_or_path = str(layout.folder)
     return model

@@ -1,5 +1,7 @@
 """What transformers says while it loads: its progress to whoever watches, the rest to nobody."""
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -41,15 +43,21 @@ transformers_logging.set_tqdm_hook(_progress_bar)
 
 @contextmanager
 def quiet(progress: bool = False) -> Iterator[None]:
-    """Silence what transformers says about keys, as we report them ourselves."""
-    level = transformers_logging.get_verbosity()
+    """Silence what transformers and accelerate say about keys and places, as we report them ourselves."""
+    level, placing = transformers_logging.get_verbosity(), logging.getLogger("accelerate.big_modeling")
     transformers_logging.set_verbosity_error()
     bar = transformers_logging.is_progress_bar_enabled()
     if not progress:
         transformers_logging.disable_progress_bar()
+    before = placing.level
+    placing.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            # accelerate looks for modules alone, and the queries are a parameter
+            warnings.filterwarnings("ignore", message="The following device_map keys do not match")
+            yield
     finally:
+        placing.setLevel(before)
         transformers_logging.set_verbosity(level)
         if bar:
             transformers_logging.enable_progress_bar()

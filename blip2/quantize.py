@@ -111,6 +111,11 @@ def skipped(quantize_vision: bool = False) -> list[str]:
     return [*UNQUANTIZED, *(() if quantize_vision else (VISION,))]
 
 
+def is_kept(name: str) -> bool:
+    """Whether float16 keeps a parameter in float32."""
+    return not {*KEPT}.isdisjoint(name.split("."))
+
+
 def awkward(layout: Layout, device: torch.device) -> list[str]:
     """Layers that bitsandbytes cannot compute in 4 bits on a CPU: it works in tiles of 32 x 64."""
     if device.type != "cpu":
@@ -192,7 +197,7 @@ def weight_bytes(
         size: float = dtype.itemsize
         if name in shrunk:
             size = BYTES[precision]
-        elif dtype == torch.float16 and set(KEPT) & set(name.split(".")):
+        elif dtype == torch.float16 and is_kept(name):
             size = 4
         sizes[name] = math.ceil(size * parameter.numel())
     return sizes

@@ -48,11 +48,17 @@ def save(
         max_shard_size: of a weight file.
 
     Raises:
-        CheckpointError: `folder` is a file, or holds other things than one; the model wears an adapter.
+        CheckpointError: `folder` is a file, or holds other things than one; the model wears an adapter, or
+            not all of it is in memory.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise CheckpointError(
             "this model wears an adapter, which has no place in a checkpoint: save it with peft, or merge it"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise CheckpointError(
+            "part of this model is on the disk, or waits in main memory for a GPU: load it without "
+            "max_memory to save it"
         )
     target = Path(folder)
     if target.is_file() or (
