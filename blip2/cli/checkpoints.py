@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from blip2.cli.models import DOES
 from blip2.devices import device_advice
 from blip2.layout import EXTERNAL, CheckpointError, read_layout, readers
 from blip2.model import Blip2
-from blip2.presets import PRECISIONS, PRESETS, Preset, find_preset, memory
+from blip2.presets import PRECISIONS, PRESETS, SMALL_PRECISIONS, Preset, find_preset, memory
 from blip2.quantize import KEPT, skipped
 from blip2.representation import Blip2Representation
+from blip2.settings import Generation
+from blip2.shards import is_complete
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -59,11 +62,20 @@ def list_presets(console: Console) -> int:
 
 
 def _preset_document(preset: Preset) -> dict[str, Any]:
-    there = is_available(preset.name)
-    if preset.repo_id:
-        status = "in the cache" if there else "to download"
-    else:
+    there = is_available(preset.name, precision="float32")
+    small = {
+        precision: str(folder)
+        for precision in SMALL_PRECISIONS
+        for folder in preset.small_folders(precision)
+        if is_complete(folder)
+    }
+    if preset.repo_id is None:
         status = "embedded" if there else "missing"
+    elif there or small:
+        status = ", ".join([*(["in the cache"] if there else []), *(f"here in {kept}" for kept in small)])
+    else:
+        status = "to download"
+    writes = preset.kind == "generate"
     return {
         "name": preset.name,
         "repo_id": preset.repo_id,
@@ -72,8 +84,13 @@ def _preset_document(preset: Preset) -> dict[str, Any]:
         "download_bytes": preset.download_bytes,
         "memory": {precision: preset.memory(precision) for precision in PRECISIONS},
         "image_size": preset.image_size,
+        "caption_prompt": preset.prompt if writes else None,
+        "question_prompt": preset.question if writes else None,
+        "captions": asdict(preset.captioning) if writes else None,
+        "answers": asdict(Generation.answer()) if writes else None,
         "license": preset.license,
         "status": status,
+        "small_folders": small,
     }
 
 
@@ -194,7 +211,20 @@ def _description(document: dict[str, Any]) -> list[str]:
     lines += ["", *table(("training", "trainable"), trainable), ""]
     for part, sizes in document["sizes"].items():
         lines.append(f"{part}: " + ", ".join(f"{word.replace('_', ' ')} {n}" for word, n in sizes.items()))
+    if document.get("captions"):
+        lines += _manners(document)
     lines += ["", *table(("precision", "memory"), [(p, _size(n)) for p, n in document["memory"].items()])]
+    return lines
+
+
+def _manners(document: dict[str, Any]) -> list[str]:
+    """How a model with a name is asked, and how it decodes unless told otherwise."""
+    start = document["caption_prompt"]
+    lines = ["", f"captions go on from: {start or 'nothing'}", f"questions: {document['question_prompt']}"]
+    for what in ("captions", "answers"):
+        by: dict[str, Any] = document[what]
+        tokens = f"{by['min_new_tokens']} to {by['max_new_tokens']} tokens"
+        lines.append(f"{what}: {by['num_beams']} beams, {tokens}, length penalty {by['length_penalty']:g}")
     return lines
 
 

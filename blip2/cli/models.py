@@ -62,7 +62,7 @@ def default_model(kind: Kind, console: Console, num_pictures: int = 1) -> str:
     )
 
 
-def check_model(name: str, kind: Kind, console: Console) -> None:
+def check_model(name: str, kind: Kind, console: Console, precision: str = "auto") -> None:
     """Refuse a name that cannot work, before anything is downloaded, and announce a download.
 
     Raises:
@@ -71,17 +71,17 @@ def check_model(name: str, kind: Kind, console: Console) -> None:
     preset = find_preset(name)
     if preset is not None and preset.kind != kind:
         _refuse_kind(name, kind)
-    announce(name, preset, console)
+    announce(name, preset, console, precision)
 
 
-def announce(name: str, preset: Preset | None, console: Console) -> None:
+def announce(name: str, preset: Preset | None, console: Console, precision: str = "auto") -> None:
     """Say how large a download is that loading a model begins with.
 
     Raises:
         UsageError: an unknown name.
     """
     try:
-        locate(name, local_files_only=True)
+        locate(name, local_files_only=True, precision=precision)
     except CheckpointError:  # `load` will say what is wrong, unless it can download what is missing
         if preset is not None and preset.repo_id and not constants.HF_HUB_OFFLINE:
             size = preset.download_bytes / 1e9
@@ -105,7 +105,7 @@ def load_model(name: str, kind: Kind, args: argparse.Namespace, console: Console
             raise UsageError(f"--quantize-vision goes with --precision int8 or nf4, not {args.precision}")
     except ValueError as error:
         raise UsageError(str(error)) from error
-    check_model(name, kind, console)
+    check_model(name, kind, console, args.precision)
     preset = find_preset(name)
     advice = device_advice() if args.device == "auto" and (preset is None or preset.repo_id) else None
     if advice:

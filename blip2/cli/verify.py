@@ -23,7 +23,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     preset = find_preset(args.model)
-    announce(args.model, preset, console)
+    if args.revision is None:
+        announce(args.model, preset, console)
     progress = Progress(console)
     options = {"revision": args.revision, "precision": args.precision, "device": args.device}
     checks = []

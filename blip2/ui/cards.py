@@ -51,6 +51,12 @@ def full_precision(preset: Preset) -> str:
     return half_precision(choose_device(), preset.language_model)
 
 
+def exact(base: str, precision: str) -> str:
+    """The precision to load in: full precision is meant so, where "auto" would take what is here."""
+    preset = find_preset(base) if precision == FULL else None
+    return full_precision(preset) if preset and preset.repo_id else precision
+
+
 def label(name: str, look: bool = True) -> str:
     """A model for a list: whether it is here, if one is to look, or the size of its download."""
     base, precision = split(name)
@@ -64,7 +70,8 @@ def label(name: str, look: bool = True) -> str:
     if look:
         from blip2.checkpoint import is_available
 
-        where = "in the cache" if is_available(preset.name) else where
+        here = is_available(preset.name, precision=exact(base, precision))
+        where = "in the cache" if here else where
     return f"{preset.name} ({where}{suffix})"
 
 
@@ -97,7 +104,7 @@ def card(name: str, local: bool) -> str:
         ]
         return _card(preset.name, facts, preset.license)
     memory = [f"{gigabytes(preset.memory(p))} {p}" for p in ("float32", "bfloat16", "int8", "nf4")]
-    cached = " (in the cache)" if is_available(preset.name) else ""
+    cached = " (in the cache)" if is_available(preset.name, precision=exact(base, precision)) else ""
     facts = [
         ("Size", f"{preset.parameters / 1e9:.1f} billion parameters"),
         ("Download", gigabytes(preset.download_bytes) + cached),
