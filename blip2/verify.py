@@ -30,7 +30,7 @@ from blip2.checks import (
     check_sums,
 )
 from blip2.devices import device_name, free_unused
-from blip2.errors import CheckpointError
+from blip2.errors import CheckpointError, DoesNotFitError
 from blip2.generation import decode
 from blip2.images import open_image
 from blip2.layout import read_layout
@@ -49,7 +49,7 @@ TEXTS = ["a photo of a cat", "a red circle and a small blue star"]  # one for ea
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int8": 5e-2, "nf4": 5e-2}
 TRACED = re.compile(
     r"vision_model\.(embeddings|encoder\.layers\.\d+|post_layernorm)|qformer\.encoder\.layer\.\d+|"
-    r"language_projection|language_model\.(model\.decoder\.layers|encoder\.block|decoder\.block)\.\d+"
+    r"language_projection|language_model\.(model\.(decoder\.)?layers|encoder\.block|decoder\.block)\.\d+"
 )
 GROUPS = {
     "image embeddings": "vision_model.",
@@ -153,7 +153,7 @@ class Run:
 
     def said(self, name: str, ids: Tensor, ends: Any) -> None:
         """Keep generated ids, each row up to where it ends."""
-        stop = {ends} if isinstance(ends, int) else set(ends)
+        stop = {ends} if isinstance(ends, int) else set(ends or ())
         self.ids[name] = [
             row[: next((place for place, token in enumerate(row) if token in stop), len(row))]
             for row in ids.tolist()
@@ -268,11 +268,19 @@ def compare(folder: Path, precision: str = "float32", device: str = "cpu") -> It
         return
     try:
         mine, inputs = ours(folder, precision, device)
+    except DoesNotFitError as error:
+        found = f"{str(error).partition(': ')[0]}; compare in bfloat16, or on a larger machine"
+        yield Check("transformers", False, "memory for one model at a time", f"not compared: {found}")
+        return
     except CheckpointError as error:
         yield Check("loading", False, "it loads here", str(error))
         return
     free_unused()
-    other = theirs(folder, inputs)
+    try:
+        other = theirs(folder, inputs)
+    except (CheckpointError, OSError, ValueError) as error:
+        yield Check("transformers", False, f"{against} load there", " ".join(str(error).split()))
+        return
     free_unused()
     limit = TOLERANCE[inputs.precision]
     expected = f"{against}, {inputs.precision}, relative difference at most {limit:g}"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from blip2 import values, verify
 from blip2.checkpoint import load, save
 from blip2.cli import main
+from blip2.errors import DoesNotFitError
 from blip2.presets import EMBEDDED
 from blip2.processing import Processor
 from blip2.values import write_digests
@@ -21,9 +22,16 @@ FC1 = "vision_model.encoder.layers.1.mlp.fc1.weight"
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch):
-    """Half as many tokens as people wait for."""
+def quick(monkeypatch):
+    """Half as many tokens as people wait for, and memory for two tiny models at once."""
     monkeypatch.setitem(verify.LENGTHS, "max_new_tokens", 8)
+    monkeypatch.setattr(verify, "free_unused", lambda: None)
+
+
+@pytest.fixture
+def files_only(monkeypatch):
+    """Without the comparison with transformers."""
+    monkeypatch.setattr(verify, "compare", lambda *_: [])
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +100,9 @@ def test_every_layout_passes(made, family):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_old_stage_2_revision_in_shards_of_bin(folder, dtype):
+def test_old_stage_2_revision_in_shards_of_bin(folder):
     path = folder()
-    weights = {name: value.to(dtype) for name, value in load_file(path / "model.safetensors").items()}
+    weights = {name: value.half() for name, value in load_file(path / "model.safetensors").items()}
     table = weights["language_model.model.decoder.embed_tokens.weight"]
     weights |= {"language_model.lm_head.weight": table.clone()}
     weights |= {"qformer.embeddings.position_ids": torch.arange(48)[None]}
@@ -209,7 +216,7 @@ def test_a_cut_off_file(folder, capsys):
     assert check["name"] == "layout" and "model.safetensors is damaged or cut off" in check["found"]
 
 
-def test_one_bit_is_enough_where_digests_are(folder):
+def test_one_bit_is_enough_where_digests_are(folder, files_only):
     path = folder()
     write_digests(path)
     assert report(path)["digests"].passed
@@ -223,7 +230,7 @@ def test_one_bit_is_enough_where_digests_are(folder):
     assert checks["transformers"].passed is None
 
 
-def test_a_new_checkpoint_in_the_folder_has_no_digests(folder):
+def test_a_new_checkpoint_in_the_folder_has_no_digests(folder, files_only):
     path = folder()
     write_digests(path)
     loaded = load(path, device="cpu")
@@ -231,7 +238,7 @@ def test_a_new_checkpoint_in_the_folder_has_no_digests(folder):
     assert report(path)["digests"].passed is None
 
 
-def test_checksums_of_the_hubs_cache(made, tmp_path):
+def test_checksums_of_the_hubs_cache(made, tmp_path, files_only):
     """Files are links to blobs named by their checksums; big blobs may themselves be links to a store."""
     snapshot, blobs = tmp_path / "snapshots" / "0", tmp_path / "blobs"
     for part in (snapshot, blobs, tmp_path / "shared"):
@@ -255,7 +262,7 @@ def test_checksums_of_the_hubs_cache(made, tmp_path):
     assert "model.safetensors" in wrong(report(snapshot))["checksums"]
 
 
-def test_a_released_name_has_to_have_the_releases_counts(made, monkeypatch):
+def test_a_released_name_has_to_have_the_releases_counts(made, monkeypatch, files_only):
     monkeypatch.setattr(verify, "locate", lambda *_, **__: ("blip2-opt-2.7b", made / "opt"))
     check = report("blip2-opt-2.7b")["parameters"]
     assert check.passed is False and "3,744,761,856 by the release of blip2-opt-2.7b" in check.expected
@@ -263,7 +270,7 @@ def test_a_released_name_has_to_have_the_releases_counts(made, monkeypatch):
     assert "image encoder" in check.where and "image encoder" in check.found
 
 
-def test_key_bias_of_eva_clip(folder, monkeypatch):
+def test_key_bias_of_eva_clip(folder, monkeypatch, files_only):
     monkeypatch.setattr(values, "EVA_WIDTH", 24)
     path = folder()
     assert "vision_model.encoder.layers.0.self_attn.qkv.bias" in wrong(report(path))["key bias"]
@@ -306,3 +313,25 @@ def test_what_cannot_be_verified(tmp_path, capsys):
     assert main(["verify", str(tmp_path)]) == 1
     assert "holds no config.json" in capsys.readouterr().out
     assert main(["verify", "scenes-opt", "--device", "cuda:9"]) == 2
+
+
+def test_a_model_that_memory_does_not_hold_is_not_passed(made, monkeypatch):
+    def refuse(*args, **options):
+        raise DoesNotFitError("opt needs 15.0 GB in float32, and 8.0 GB of memory are free: buy some")
+
+    monkeypatch.setattr(verify, "load", refuse)
+    found = wrong(report(made / "opt"))
+    assert found.keys() == {"transformers"} and "15.0 GB" in found["transformers"]
+    assert "compare in bfloat16" in found["transformers"] and "buy" not in found["transformers"]
+
+
+def test_what_transformers_would_leave_out_is_said(folder, monkeypatch):
+    """It loads a folder that lacks tensors, with random ones; a comparison would blame this package."""
+    path = folder()
+    kept = load(path, device="cpu").model
+    edit(path, lambda weights: weights.pop("language_projection.weight"))
+    given = verify.Inputs(torch.zeros(1), {}, kept.config, {}, "float32", torch.float32, kept.device)
+    monkeypatch.setattr(verify, "ours", lambda *_: (verify.Run(), given))
+    [check] = verify.compare(path)
+    assert (check.name, check.passed) == ("transformers", False)
+    assert "transformers finds no language_projection.weight" in check.found
