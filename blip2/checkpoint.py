@@ -37,6 +37,7 @@ from blip2.quantize import (
     awkward,
     choose_precision,
     compute_dtype,
+    final_dtypes,
     is_kept,
     quantization,
     skipped,
@@ -224,7 +225,9 @@ def _load_model(
     if files[0].suffix == ".safetensors":
         source = None
         options["state_dict"] = {
-            name: tensor for name, tensor in open_tensors(files).items() if not name.startswith(EXTERNAL)
+            name: tensor
+            for name, tensor in open_tensors(files, final_dtypes(layout, dtype)).items()
+            if not name.startswith(EXTERNAL)
         }
     with quiet(progress=layout.num_parameters > SMALL):
         model, info = model_class.from_pretrained(

@@ -6,7 +6,7 @@ Heads, bridges, queries and the Q-Former are small and matter most: they stay as
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -114,6 +114,18 @@ def skipped(quantize_vision: bool = False) -> list[str]:
 def is_kept(name: str) -> bool:
     """Whether float16 keeps a parameter in float32."""
     return not {*KEPT}.isdisjoint(name.split("."))
+
+
+def final_dtypes(layout: Layout, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
+    """What each tensor of a folder becomes before it is quantized; None where only transformers knows.
+
+    Args:
+        layout: of the folder.
+        dtype: what is computed in.
+    """
+    if stored_precision(layout) is not None or layout.config.text_config.model_type not in ("opt", "t5"):
+        return lambda name: None  # other language models may keep more in float32
+    return lambda name: torch.float32 if dtype == torch.float16 and is_kept(name) else dtype
 
 
 def awkward(layout: Layout, device: torch.device) -> list[str]:

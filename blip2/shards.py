@@ -1,6 +1,7 @@
 """The files of a checkpoint folder: which there are, what is in them, and tensors when they are asked for."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,11 @@ from safetensors import SafetensorError, safe_open
 
 from blip2.errors import CheckpointError
 
+STORED_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # fmt: skip
 VARIANT = (
     "any"  # weights of `blip2-any` are named apart, so that transformers finds none and refuses the folder
 )
@@ -130,20 +136,74 @@ def read_pickle(file: Path, meta: bool = False) -> dict[str, Any]:
     return contents
 
 
-def open_tensors(files: list[Path]) -> dict[str, Any]:
-    """Every tensor of safetensors files, by name, to be read when it is asked for (`tensor[...]`).
+class StoredTensor:
+    """A tensor in a safetensors file, read when it is asked for: `tensor[...]`.
 
-    transformers maps files into memory and keeps all of them mapped until the last tensor is in place, so
-    that a model that changes its dtype on the way is there twice. These are read, converted and forgotten
-    one by one.
+    It goes into its final dtype a piece at a time. transformers by itself maps files into memory, all of them
+    until the last tensor is in place: a model that changes its dtype on the way is then there twice.
+    """
+
+    PIECE = 1 << 22  # bytes
+
+    def __init__(self, file: Path, start: int, facts: dict[str, Any], dtype: torch.dtype | None):
+        self.file, self.facts = file, facts
+        begin, end = facts["data_offsets"]
+        self.start, self.nbytes = start + begin, end - begin
+        self.stored = STORED_TYPES[facts["dtype"]]
+        self.dtype = dtype if dtype is not None and self.stored.is_floating_point else self.stored
+
+    def get_shape(self) -> list[int]:
+        """Its shape."""
+        return self.facts["shape"]
+
+    def get_dtype(self) -> str:
+        """Its type, as safetensors calls it."""
+        return self.facts["dtype"]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor = torch.empty(self.get_shape(), dtype=self.dtype)
+        same = self.dtype == self.stored
+        flat = tensor.view(-1)
+        piece = flat if same else torch.empty(self.PIECE // self.stored.itemsize, dtype=self.stored)
+        buffer = memoryview(piece.view(torch.uint8).numpy().data) if self.nbytes else memoryview(b"")
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            done = 0
+            while done < self.nbytes:
+                part = buffer[done:] if same else buffer[: self.nbytes - done]
+                count = file.readinto(part[: self.PIECE])
+                if not count or count % self.stored.itemsize:
+                    raise CheckpointError(
+                        f"{self.file} ended before {self.nbytes} bytes of a tensor: fetch it again"
+                    )
+                if not same:
+                    first, number = done // self.stored.itemsize, count // self.stored.itemsize
+                    flat[first : first + number] = piece[:number]
+                done += count
+        return tensor[index]
+
+
+def open_tensors(
+    files: list[Path], dtype: Callable[[str], torch.dtype | None] = lambda name: None
+) -> dict[str, StoredTensor]:
+    """Every tensor of safetensors files, by name, to be read when it is asked for.
+
+    Args:
+        files: that were checked, as `read_shapes` does.
+        dtype: what a tensor of that name becomes if it holds floating-point numbers; None for what it is.
     """
     tensors = {}
     for file in files:
-        opened = safe_open(file, framework="pt", backend="pread")
-        for name in opened.keys():  # noqa: SIM118 - not a dict
-            tensors[name] = opened.get_slice(name)
-            if 0 in tensors[name].get_shape():  # of nothing no part can be taken
-                tensors[name] = opened.get_tensor(name)
+        with file.open("rb") as start:
+            length = int.from_bytes(start.read(8), "little")
+            header = json.loads(start.read(length))
+        header.pop("__metadata__", None)
+        for name, facts in header.items():
+            if facts["dtype"] not in STORED_TYPES:
+                raise CheckpointError(
+                    f"{file}: {name} is of type {facts['dtype']}, which no BLIP-2 is made of"
+                )
+            tensors[name] = StoredTensor(file, 8 + length, facts, dtype(name))
     return tensors
 
 
