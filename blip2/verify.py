@@ -2,16 +2,13 @@
 
 `blip2.checks` and `blip2.values` look at the files. Then both libraries compute the same from the same
 weights, one after the other, so that one model is in memory at a time: what every layer says of two pictures,
-logits or scores, and generated ids. Where they part, the first part that differs is named. Damage in a file
+logits or scores, and generated text. Where they part, the first part that differs is named. Damage in a file
 that both read alike cannot be seen so; that is what the checks of the files are for.
 """
 
-import os
-import platform
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from blip2 import __version__, resources
+from blip2 import resources
 from blip2.checkpoint import Loaded, load, locate
 from blip2.checks import (
     Check,
@@ -29,13 +26,14 @@ from blip2.checks import (
     check_layout,
     check_sums,
 )
-from blip2.devices import device_name, free_unused
+from blip2.devices import free_unused
 from blip2.errors import CheckpointError, DoesNotFitError
-from blip2.generation import decode
+from blip2.generation import decode, generate
 from blip2.images import open_image
 from blip2.layout import read_layout
 from blip2.model import Blip2
 from blip2.presets import find_preset
+from blip2.processing import Processor
 from blip2.progress import quiet
 from blip2.quantize import DTYPES, empty_model, stored_precision
 from blip2.settings import Generation
@@ -57,7 +55,6 @@ GROUPS = {
     "language projection": "language_projection",
     "language model": "language_model.",
 }
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "bitsandbytes")
 
 
 def verify(
@@ -113,28 +110,16 @@ def verify(
     yield from compare(folder, "auto" if stored_precision(layout) else precision, device)
 
 
-def versions(device: str = "cpu") -> dict[str, str]:
-    """What a report holds for: of this package, of those it stands on, and of the machine."""
-    found = {"blip2": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {device_name(device)}"
-    return found | {"machine": machine}
-
-
 # --- ours and theirs ---
 
 
 @dataclass
 class Run:
-    """What a model said: of each traced part the first output, float32 on the CPU; values; generated ids."""
+    """What a model said: of each traced part the first output, in float32; values; generated texts."""
 
     parts: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
-    ids: dict[str, list[list[int]]] = field(default_factory=dict)
+    said: dict[str, list[list[Any]]] = field(default_factory=dict)
 
     def trace(self, model: nn.Module) -> None:
         """Keep what the traced parts of a model give from now on."""
@@ -151,19 +136,19 @@ class Run:
             if TRACED.fullmatch(name):
                 module.register_forward_hook(keep(name))
 
-    def said(self, name: str, ids: Tensor, ends: Any) -> None:
-        """Keep generated ids, each row up to where it ends."""
-        stop = {ends} if isinstance(ends, int) else set(ends or ())
-        self.ids[name] = [
-            row[: next((place for place, token in enumerate(row) if token in stop), len(row))]
-            for row in ids.tolist()
-        ]
+
+def until(ids: Tensor, ends: Any) -> list[list[int]]:
+    """Generated tokens (B, T), each row up to where it ends."""
+    stop = {ends} if isinstance(ends, int) else set(ends or ())
+    rows = ids.tolist()
+    return [row[: next((at for at, token in enumerate(row) if token in stop), len(row))] for row in rows]
 
 
 @dataclass
 class Inputs:
     """What both are given: the pixels and tokens of our processor, and how to read the folder."""
 
+    processor: Processor
     pixel_values: Tensor
     text: dict[str, Tensor]
     config: Any
@@ -193,18 +178,17 @@ def ours(folder: Path, precision: str, device: str) -> tuple[Run, Inputs]:
         run.values["logits"] = model(image=image, **text, **start).logits.float().cpu()
         ends = model.language_model.generation_config.eos_token_id
         greedy = torch.stack(list(decode(model, image, text, Generation(**LENGTHS))), dim=1)
-        run.said("greedy ids", greedy, ends)
-        beam = Generation.caption(**LENGTHS).options()
-        run.said("beam ids", model.generate(image=image, **text, **beam), ends)
+        run.said["greedy tokens"] = until(greedy, ends)
+        said = generate(model, processor, image, prompts, Generation.caption(**LENGTHS))
+        run.said["beam words"] = [words.split() for [words] in said]
     else:
         text = {name: value.to(loaded.device) for name, value in processor.text(TEXTS).items()}
         run.values["ITM logits"] = model.match_logits(image, **text).diagonal().T.float().cpu()
         run.values["ITC scores"] = model.score(image, **text, head="itc").float().cpu()
     layout = read_layout(folder)  # anew: `load` writes into the configuration it uses
     layout.config.image_token_index = model.config.image_token_index
-    return run, Inputs(
-        pixel_values, text, layout.config, layout.renames, loaded.precision, model.dtype, loaded.device
-    )
+    reading = (layout.config, layout.renames, loaded.precision, model.dtype, loaded.device)
+    return run, Inputs(processor, pixel_values, text, *reading)
 
 
 @torch.no_grad()
@@ -252,11 +236,15 @@ def theirs(folder: Path, inputs: Inputs) -> Run:
     run.values["logits"] = model(pixels, **text, **start).logits.float().cpu()
     ends = model.language_model.generation_config.eos_token_id
     beam = Generation.caption(**LENGTHS).options()
-    for name, options in (("greedy ids", beam | {"num_beams": 1}), ("beam ids", beam)):
+    for name, options in (("greedy tokens", beam | {"num_beams": 1}), ("beam words", beam)):
         ids, prompt = model.generate(pixels, **text, **options), text["input_ids"]
         if decoder and ids.shape[1] > prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
             ids = ids[:, prompt.shape[1] :]
-        run.said(name, ids if decoder else ids[:, 1:], ends)
+        ids = ids if decoder else ids[:, 1:]
+        if name == "greedy tokens":
+            run.said[name] = until(ids, ends)
+        else:
+            run.said[name] = [words.split() for words in inputs.processor.decode(ids)]
     return run
 
 
@@ -290,17 +278,18 @@ def compare(folder: Path, precision: str = "float32", device: str = "cpu") -> It
             yield _close(group, expected, limit, {n: (mine.parts[n], other.parts[n]) for n in common})
     for name, value in mine.values.items():
         yield _close(name, expected, limit, {name: (value, other.values[name])})
-    for name, rows in mine.ids.items():
-        words = f"{against}, {inputs.precision}, the same tokens"
+    for name, rows in mine.said.items():
+        unit = name.split()[1]
+        words = f"{against}, {inputs.precision}, the same {unit}"
         if inputs.precision != "float32":
-            yield Check(name, None, words, "not compared: rounding may turn a choice between two words")
+            yield Check(name, None, words, "not compared: rounding turns close choices")
             continue
-        differ = [row for row, ids in enumerate(rows) if ids != other.ids[name][row]]
-        found = f"{sum(map(len, rows))} tokens about {len(rows)} pictures, {len(differ)} rows differ"
+        differ = [row for row, ids in enumerate(rows) if ids != other.said[name][row]]
+        found = f"{sum(map(len, rows))} {unit} about {len(rows)} pictures, {len(differ)} rows differ"
         where = ""
         if differ:
             [place] = differ[:1]
-            where = f"picture {place + 1}: {rows[place]} here, {other.ids[name][place]} there"
+            where = f"picture {place + 1}: {rows[place]} here, {other.said[name][place]} there"
         yield Check(name, not differ, words, found, where)
 
 

@@ -93,7 +93,9 @@ def test_every_layout_passes(made, family):
     checks = report(made / family)
     assert wrong(checks) == {}
     seen = {"layout", "parameters", "finite", "plausible", "image embeddings", "Q-Former"}
-    seen |= {"ITM logits", "ITC scores"} if family == "retrieval" else {"logits", "greedy ids", "beam ids"}
+    seen |= (
+        {"ITM logits", "ITC scores"} if family == "retrieval" else {"logits", "greedy tokens", "beam words"}
+    )
     assert seen <= {name for name, check in checks.items() if check.passed}
     assert {name for name, check in checks.items() if check.passed is None} == {
         "checksums", "digests", "key bias",
@@ -145,7 +147,7 @@ def test_other_precisions(made, tmp_path, precision):
     loaded = load(made / "opt", precision=precision, device="cpu")
     path = save(loaded.model, loaded.processor, tmp_path / "small")
     checks = report(path, precision="bfloat16")
-    assert wrong(checks) == {} and checks["logits"].passed and checks["greedy ids"].passed is None
+    assert wrong(checks) == {} and checks["logits"].passed and checks["greedy tokens"].passed is None
     assert f", {precision}, relative difference at most 0.05" in checks["logits"].expected
 
 
@@ -328,9 +330,12 @@ def test_a_model_that_memory_does_not_hold_is_not_passed(made, monkeypatch):
 def test_what_transformers_would_leave_out_is_said(folder, monkeypatch):
     """It loads a folder that lacks tensors, with random ones; a comparison would blame this package."""
     path = folder()
-    kept = load(path, device="cpu").model
+    whole = load(path, device="cpu")
+    kept = whole.model
     edit(path, lambda weights: weights.pop("language_projection.weight"))
-    given = verify.Inputs(torch.zeros(1), {}, kept.config, {}, "float32", torch.float32, kept.device)
+    given = verify.Inputs(
+        whole.processor, torch.zeros(1), {}, kept.config, {}, "float32", torch.float32, kept.device
+    )
     monkeypatch.setattr(verify, "ours", lambda *_: (verify.Run(), given))
     [check] = verify.compare(path)
     assert (check.name, check.passed) == ("transformers", False)

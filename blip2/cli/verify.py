@@ -1,18 +1,23 @@
 """`verify`: what is right and what is wrong with a checkpoint, and with how it is computed."""
 
 import argparse
+import os
+import platform
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from huggingface_hub.utils import tqdm
 
+from blip2 import __version__
 from blip2.checks import Check
 from blip2.cli.console import Console, UsageError
 from blip2.cli.models import announce
-from blip2.devices import choose_device
+from blip2.devices import choose_device, device_name
 from blip2.presets import find_preset
-from blip2.verify import verify, versions
+from blip2.verify import verify
 
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "bitsandbytes")
 WORDS = {True: "PASS", False: "FAIL", None: "-"}
 
 
@@ -58,6 +63,18 @@ def describe(check: Check, said: bool = False) -> list[str]:
     if check.where:
         lines.append(f"      where: {check.where}")
     return lines
+
+
+def versions(device: str = "cpu") -> dict[str, str]:
+    """What a report holds for: of this package, of those it stands on, and of the machine."""
+    found = {"blip2": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {device_name(device)}"
+    return found | {"machine": machine}
 
 
 class Progress:
