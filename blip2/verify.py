@@ -19,13 +19,7 @@ from torch import Tensor, nn
 
 from blip2 import resources
 from blip2.checkpoint import Loaded, load, locate
-from blip2.checks import (
-    Check,
-    Watch,
-    check_counts,
-    check_layout,
-    check_sums,
-)
+from blip2.checks import Check, Watch, check_counts, check_layout, check_sums
 from blip2.devices import free_unused
 from blip2.errors import CheckpointError, DoesNotFitError
 from blip2.generation import decode, generate
@@ -43,6 +37,7 @@ from blip2.values import check_values
 PICTURES = ("scene-1.png", "photos/cat.jpg")
 QUESTION = "what is in the picture?"
 TEXTS = ["a photo of a cat", "a red circle and a small blue star"]  # one for each picture
+LENGTHS: dict[str, Any] = {"max_new_tokens": 16, "min_new_tokens": 8}  # so that there are words to compare
 # Largest difference relative to the length of the vector (L2) that counts as equal.
 TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2, "int8": 5e-2, "nf4": 5e-2}
 TRACED = re.compile(
@@ -158,9 +153,6 @@ class Inputs:
     device: torch.device
 
 
-LENGTHS: dict[str, Any] = {"max_new_tokens": 16, "min_new_tokens": 8}  # so that there are words to compare
-
-
 @torch.no_grad()
 def ours(folder: Path, precision: str, device: str) -> tuple[Run, Inputs]:
     """Load with this package, and compute."""
@@ -241,10 +233,8 @@ def theirs(folder: Path, inputs: Inputs) -> Run:
         if decoder and ids.shape[1] > prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
             ids = ids[:, prompt.shape[1] :]
         ids = ids if decoder else ids[:, 1:]
-        if name == "greedy tokens":
-            run.said[name] = until(ids, ends)
-        else:
-            run.said[name] = [words.split() for words in inputs.processor.decode(ids)]
+        words = [line.split() for line in inputs.processor.decode(ids)]
+        run.said[name] = words if name == "beam words" else until(ids, ends)
     return run
 
 

@@ -204,6 +204,7 @@ def _description(document: dict[str, Any]) -> list[str]:
     if document.get("repo_id"):
         size = _size(document["download_bytes"])
         head.append(f"{document['repo_id']}, {size} download, {document['status']}")
+    head += [f"in {precision}: {folder}" for precision, folder in document.get("small_folders", {}).items()]
     head += [document[name] for name in ("license", "readers") if document.get(name)]
     parts = [*document["parts"].items(), ("all", document["parameters"])]
     lines = [*head, "", *table(("part", "parameters"), [(part, f"{count:,}") for part, count in parts])]
