@@ -1,6 +1,7 @@
 """The files of a checkpoint folder: which there are, what is in them, and tensors when they are asked for."""
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,7 @@ class StoredTensor:
     """
 
     PIECE = 1 << 22  # bytes
+    threads = threading.local()  # one piece a thread: many would leave holes that nothing else fills
 
     def __init__(self, file: Path, start: int, facts: dict[str, Any], dtype: torch.dtype | None):
         self.file, self.facts = file, facts
@@ -164,7 +166,9 @@ class StoredTensor:
         tensor = torch.empty(self.get_shape(), dtype=self.dtype)
         same = self.dtype == self.stored
         flat = tensor.view(-1)
-        piece = flat if same else torch.empty(self.PIECE // self.stored.itemsize, dtype=self.stored)
+        if not same and not hasattr(self.threads, "piece"):
+            self.threads.piece = torch.empty(self.PIECE, dtype=torch.uint8)
+        piece = flat if same else self.threads.piece.view(self.stored)
         buffer = memoryview(piece.view(torch.uint8).numpy().data) if self.nbytes else memoryview(b"")
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
