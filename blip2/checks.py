@@ -60,15 +60,18 @@ class Check:
 
 
 def check_sums(folder: Path, tell: Watch) -> Check:
-    """Files in the Hub's cache against their names there: git's hash of small ones, sha256 of big ones."""
+    """Files against what the Hub's client noted of them: git's hash of small ones, sha256 of big ones."""
     recorded: dict[Path, str] = {}
     for file in sorted(folder.iterdir()):  # one link only: the blob may itself be a link to a shared one
         name = Path(os.readlink(file)).name if file.is_symlink() else ""
+        note = folder / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
+        if note.is_file():  # of `hf download --local-dir`: commit, checksum, time
+            name = "".join(note.read_text("utf-8").splitlines()[1:2])
         if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name):
             recorded[file] = name
-    expected = "the checksums that the Hub names files by in its cache"
+    expected = "the checksums that the Hub's client notes, in its cache or beside the files"
     if not recorded:
-        return Check("checksums", None, expected, "none: this folder is not in the Hub's cache")
+        return Check("checksums", None, expected, "there are none: these files did not come from the Hub")
     total, done = sum(file.stat().st_size for file in recorded), 0
     wrong = []
     for file, name in recorded.items():

@@ -259,6 +259,12 @@ def test_checksums_of_the_hubs_cache(made, tmp_path, files_only):
     assert wrong(checks) == {} and checks["checksums"].passed and checks["plausible"].passed is None
     count = len(list(snapshot.iterdir()))
     assert checks["checksums"].found == f"{count} of {count} files have theirs"
+    beside = tmp_path / "local" / ".cache" / "huggingface" / "download"
+    beside.mkdir(parents=True)
+    for file in snapshot.iterdir():
+        shutil.copy(file, tmp_path / "local")
+        (beside / f"{file.name}.metadata").write_text(f"{'0' * 40}\n{file.readlink().name}\n0.0\n")
+    assert report(tmp_path / "local")["checksums"].found == checks["checksums"].found
     file = tmp_path / "shared" / "another"
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
     assert "model.safetensors" in wrong(report(snapshot))["checksums"]
