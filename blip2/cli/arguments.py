@@ -111,9 +111,31 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id (the language model's)")
     convert.add_argument("--dtype", choices=PRECISIONS[1:4], default="float32", help="of the new folder")
 
-    download = command("download", "checkpoints", "download a released checkpoint, or go on with it")
+    download = command("download", "download", "download a released checkpoint, or go on with it")
     download.add_argument("model", metavar="MODEL", help="a name, such as blip2-opt-2.7b, or a Hub id")
     download.add_argument("--revision", help="a branch, tag or commit (main)")
+    download.add_argument(
+        "--precision",
+        choices=("bf16", "bfloat16", "int8", "nf4"),
+        help="then write a small folder in this precision, which --model NAME --precision finds",
+    )
+    download.add_argument("--out", metavar="FOLDER", help="of the small folder (beside the Hub's cache)")
+    download.add_argument(
+        "--delete-original",
+        choices=("yes", "no"),
+        help="what to do with the large one then; by default a terminal is asked, and else it stays",
+    )
+
+    verify = command("verify", "verify", "check a checkpoint's files, and what it computes, part by part")
+    verify.add_argument("model", metavar="MODEL", help="a name, a folder, or a Hub id")
+    verify.add_argument("--revision", help="a branch, tag or commit (main)")
+    verify.add_argument(
+        "--precision",
+        choices=PRECISIONS[1:4],
+        default="float32",
+        help="to compare with transformers in; float32 (default) takes the most memory and is exact",
+    )
+    verify.add_argument("--device", default="cpu", help="to compare on: cpu (default), cuda, cuda:1 or mps")
 
     deploy = command("deploy", "deploy", "put this app on the Hugging Face Hub, as a Space")
     deploy.add_argument("space", metavar="USER/SPACE", help="a new Space, or one to bring up to date")
