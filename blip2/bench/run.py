@@ -77,7 +77,8 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
     with _stopped_by_sigterm(), tempfile.TemporaryDirectory(prefix="blip2-bench-") as scratch:
         for size in [options.model] if options.model else options.sizes:
             folders, weights = _folders(size, options, Path(scratch))
-            for threads, pair in itertools.product(options.threads, options.pairs):
+            pairs = _different(options.pairs, folders, options.device)
+            for threads, pair in itertools.product(options.threads, pairs):
                 job = Job(
                     str(Path(scratch) / "findings.json"),
                     folders,
@@ -103,6 +104,27 @@ def _words(pair: Pair) -> str:
     return " against ".join(f"{side} {precision}" for side, precision in pair.items())
 
 
+def _different(pairs: Sequence[Pair], folders: dict[str, str], device: str) -> list[Pair]:
+    """The pairs without those that "auto" makes the same as another: small models stay in float32."""
+    found: dict[tuple[str, ...], Pair] = {}
+    for pair in pairs:
+        chosen = (
+            _precision(value, Path(folder), device) for value in pair.values() for folder in folders.values()
+        )
+        found.setdefault((*pair, *chosen), pair)
+    return list(found.values())
+
+
+def _precision(precision: str, folder: Path, device: str) -> str:
+    """What `blip2.load` makes of a precision."""
+    layout = read_layout(folder)
+    if precision != "auto":
+        return precision
+    if layout.num_parameters < SMALL:
+        return "float32"
+    return half_precision(choose_device(device), layout.config.text_config.model_type)
+
+
 def _check_memory(job: Job) -> None:
     """Notice before anything is loaded that the models of both sides do not fit.
 
@@ -110,19 +132,14 @@ def _check_memory(job: Job) -> None:
         ValueError: they do not, with what would.
     """
     memory = accelerator_memory(job.device) or main_memory()
-    for folder in job.folders.values():
-        layout = read_layout(Path(folder))
-        half = half_precision(choose_device(job.device), layout.config.text_config.model_type)
-        needed = 0.0
-        for precision in job.precisions.values():
-            if precision == "auto":
-                precision = half if layout.num_parameters > SMALL else "float32"
-            needed += layout.num_parameters * BYTES.get(precision, 2)
+    for folder in map(Path, job.folders.values()):
+        chosen = [_precision(precision, folder, job.device) for precision in job.precisions.values()]
+        needed = read_layout(folder).num_parameters * sum(BYTES.get(precision, 2) for precision in chosen)
         if needed + 1e9 > memory.free:
             raise ValueError(
-                f"{Path(folder).name}, {_words(job.precisions)}, takes {needed / 1e9:.1f} GB, and 1 GB to "
-                f"work in, but {memory.free / 1e9:.1f} GB are free: choose a lower --precision, a smaller "
-                "size, or --side ours"
+                f"{folder.name}, {_words(job.precisions)}, takes {needed / 1e9:.1f} GB, and 1 GB to work in, "
+                f"but {memory.free / 1e9:.1f} GB are free: choose a lower --precision, a smaller size, or "
+                "--side ours"
             )
 
 

@@ -126,7 +126,7 @@ def _measure(job: Job, device: Any) -> dict[str, Any]:
         findings.precisions |= {name: side.precision for name, side in sides.items()}
         inputs = make_inputs(next(iter(sides.values())).processor.tokenizer, job.pictures)
         for what in todo:
-            print(what.label, flush=True)
+            print(what.label.format(pictures=job.pictures), flush=True)
             row = measure(what, sides, inputs, device, job.repeats)
             if what.name == "decode":
                 shapes = read_layout(Path(folder)).shapes
