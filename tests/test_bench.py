@@ -15,6 +15,8 @@ from blip2.bench.folders import config, make_folder, num_bytes, tensor_shapes
 from blip2.bench.measures import Measure, agreement, bytes_per_token, make_inputs, measure
 from blip2.bench.sides import Ours, Theirs
 from blip2.cli import main
+from blip2.processing import Processor
+from tests import tiny
 
 CPU = torch.device("cpu")
 
@@ -274,6 +276,17 @@ def test_two_models_that_do_not_fit(monkeypatch, capsys):
     monkeypatch.setattr(run, "main_memory", lambda: SimpleNamespace(free=10**9))
     assert main(["bench", "--device", "cpu", "--only", "caption", "--precision", "float32"]) == 1
     assert "1.0 GB are free: choose a lower --precision" in capsys.readouterr().err
+
+
+def test_only_one_type_is_compared(tmp_path):
+    model = tiny.ours("instruct")
+    words = {"tokenizer": tiny.tokenizer("opt"), "qformer_tokenizer": tiny.tokenizer("bert")}
+    processor = Processor(
+        **words, family="opt", image_size=tiny.IMAGE_SIZE, num_query_tokens=tiny.NUM_QUERIES
+    )
+    folder = blip2.save(model, processor, tmp_path / "instruct")
+    with pytest.raises(ValueError, match="instruct is of type instructblip: .* add --side ours"):
+        Theirs(folder, "float32", CPU)
 
 
 def test_plot_says_what_it_needs(monkeypatch, capsys):
