@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from safetensors import safe_open
 from transformers import Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
@@ -16,7 +17,6 @@ from blip2.bench.measures import Measure, agreement, bytes_per_token, make_input
 from blip2.bench.sides import Ours, Theirs
 from blip2.cli import main
 from blip2.processing import Processor
-from tests import tiny
 
 CPU = torch.device("cpu")
 
@@ -285,7 +285,7 @@ def test_only_one_type_is_compared(tmp_path):
         **words, family="opt", image_size=tiny.IMAGE_SIZE, num_query_tokens=tiny.NUM_QUERIES
     )
     folder = blip2.save(model, processor, tmp_path / "instruct")
-    with pytest.raises(ValueError, match="instruct is of type instructblip: .* add --side ours"):
+    with pytest.raises(ValueError, match=r"instruct is of type instructblip: .* add --side ours"):
         Theirs(folder, "float32", CPU)
 
 
