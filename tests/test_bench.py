@@ -272,6 +272,13 @@ def test_bad_words(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_bits_are_for_language_models():
+    both = {"generate": "a", "match": "b"}
+    assert run._suited(both, {"ours": "auto", "theirs": "float32"}) == both
+    assert run._suited(both, {"ours": "int8"}) == {"generate": "a"}
+    assert run._suited({"match": "b"}, {"ours": "nf4"}) == {"match": "b"}  # `load` says what is wrong
+
+
 def test_two_models_that_do_not_fit(monkeypatch, capsys):
     monkeypatch.setattr(run, "main_memory", lambda: SimpleNamespace(free=10**9))
     assert main(["bench", "--device", "cpu", "--only", "caption", "--precision", "float32"]) == 1

@@ -81,7 +81,7 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
             for threads, pair in itertools.product(options.threads, pairs):
                 job = Job(
                     str(Path(scratch) / "findings.json"),
-                    folders,
+                    _suited(folders, pair),
                     dict(pair),
                     threads,
                     options.device,
@@ -102,6 +102,14 @@ def run(options: Options) -> Iterator[dict[str, Any]]:
 
 def _words(pair: Pair) -> str:
     return " against ".join(f"{side} {precision}" for side, precision in pair.items())
+
+
+def _suited(folders: dict[str, str], pair: Pair) -> dict[str, str]:
+    """Those of a size that a precision is for: 8 and 4 bits are for language models."""
+    quantized = not {"int8", "nf4"}.isdisjoint(pair.values())
+    return {
+        k: folder for k, folder in folders.items() if k == "generate" or not quantized or len(folders) == 1
+    }
 
 
 def _different(pairs: Sequence[Pair], folders: dict[str, str], device: str) -> list[Pair]:
