@@ -161,6 +161,9 @@ def make_folder(
         for file, names in shards.filename_to_tensors.items():
             tensors = {name: draw(name, empty[name].shape) for name in names}
             save_file(tensors, fresh / file, {"format": "pt"})
+            (fresh / file).chmod(
+                (fresh / "config.json").stat().st_mode
+            )  # safetensors hides files from others
             del tensors
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}

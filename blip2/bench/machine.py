@@ -24,6 +24,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": str(device),
         "half_precision": half_precision(device),
+        "load_average": psutil.getloadavg()[0],
         "bandwidth": bandwidth(device),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -47,7 +48,8 @@ def line(facts: dict[str, Any]) -> str:
     half = facts["half_precision"]
     half = "no 16-bit arithmetic" if half == "float32" else f"computes in {half}"
     return (
-        f"{where}, {threads}, {half}, memory read at {facts['bandwidth'] / 1e9:.1f} GB/s; "
+        f"{where}, {threads}, {half}, memory read at {facts['bandwidth'] / 1e9:.1f} GB/s, "
+        f"load average {facts['load_average']:.1f} before; "
         f"Python {facts['python']}, {versions}"
     )
 

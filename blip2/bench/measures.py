@@ -10,8 +10,8 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from blip2.bench.sides import Side, Theirs
 
 TOKENS = 20  # new ones of a caption or an answer
 DECODED = 60  # of the measure of decoding alone
-PICTURES = 8  # of a batch
 TEXTS = 100  # scored against one picture
 ENOUGH = 60.0  # seconds; a measure that has taken so long ends after its third pair
+TRIAL = 3.0  # seconds; a batch size is tried up to five times within them, at least once
 PROMPT = "a photo of a red circle and a blue square on a table near the cat in the street"
 QUESTIONS = (  # framed, 12 tokens with a word-level tokenizer
     "what is the color of this cat?",
@@ -47,19 +47,25 @@ class Inputs:
     texts: list[str]
 
 
-def make_inputs(tokenizer: Any, seed: int = 0) -> Inputs:
-    """Smooth random pictures (1024 x 768), a prompt of 12 tokens, questions, and texts of 4 to 12 words."""
+def make_inputs(tokenizer: Any, pictures: int = 8, seed: int = 0) -> Inputs:
+    """Smooth random pictures (1024 x 768), a prompt of 12 tokens, questions, and texts of 4 to 12 words.
+
+    Args:
+        tokenizer: of a side's processor.
+        pictures: in a batch.
+        seed: the same seed gives the same inputs.
+    """
     random = np.random.default_rng(seed)
-    pictures = [
+    made = [
         Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(
             (1024, 768), Image.Resampling.BICUBIC
         )
-        for _ in range(PICTURES)
+        for _ in range(pictures)
     ]
     ids = tokenizer(PROMPT, add_special_tokens=False)["input_ids"][:PROMPT_TOKENS]
     words = PROMPT.split()
     texts = [" ".join(random.choice(words, random.integers(4, 13))) for _ in range(TEXTS)]
-    return Inputs(pictures, tokenizer.decode(ids), QUESTIONS, texts)
+    return Inputs(made, tokenizer.decode(ids), QUESTIONS, texts)
 
 
 Run = Callable[[Any, Inputs], Any]
@@ -74,7 +80,7 @@ class Measure:
         label: in the table.
         kind: of the model, "generate" or "match".
         run: what is timed, given a side and the inputs; returns what must be equal.
-        count: how many things a run makes, for a figure a second; 0 for the time alone.
+        count: how many things a run makes, for a figure a second; 0 for the time alone; None: a picture each.
         unit: of that figure.
         less: a run whose time is subtracted.
         batches: transformers' own batch size is sought first, for this action of its.
@@ -84,13 +90,13 @@ class Measure:
     label: str
     kind: Literal["generate", "match"]
     run: Run
-    count: int = 0
+    count: int | None = 0
     unit: str = ""
     less: Run | None = None
     batches: str = ""
 
 
-def _caption(count: int, tokens: int, beams: int = 1) -> Run:
+def _caption(count: int | None, tokens: int, beams: int = 1) -> Run:
     return lambda side, inputs: side.caption(inputs.pictures[:count], inputs.prompt, tokens, beams)
 
 
@@ -101,8 +107,8 @@ MEASURES = (
     Measure("caption", f"caption, greedy, {TOKENS} tokens", "generate", _caption(1, TOKENS)),
     Measure("beam", f"caption, 5 beams, {TOKENS} tokens", "generate", _caption(1, TOKENS, 5)),
     Measure(
-        "batch", f"captions of {PICTURES} pictures, greedy", "generate", _caption(PICTURES, TOKENS),
-        PICTURES, "images/s", batches="caption",
+        "batch", "captions of {pictures} pictures, greedy", "generate", _caption(None, TOKENS),
+        None, "images/s", batches="caption",
     ),
     Measure(
         "decode", "decoding alone, greedy", "generate", _caption(1, 1 + DECODED),
@@ -155,7 +161,7 @@ def measure(
 
     batch = None
     if what.batches and "theirs" in sides:
-        batch = best_batch(what, sides["theirs"], inputs, device)
+        batch = best_batch(what, cast(Theirs, sides["theirs"]), inputs, device)
     results = {name: timed(name)[1] for name in sides}
     times: dict[str, list[float]] = {name: [] for name in sides}
     start = time.perf_counter()
@@ -164,41 +170,38 @@ def measure(
             times[name].append(timed(name)[0])
         if repeats is None and number >= 2 and time.perf_counter() - start > ENOUGH:
             break
-    found: dict[str, Any] = {"name": what.name, "label": what.label, "times": times}
+    label = what.label.format(pictures=len(inputs.pictures))
+    found: dict[str, Any] = {"name": what.name, "label": label, "times": times}
     found |= {name: statistics.median(values) for name, values in times.items()}
     if len(sides) == 2:
         ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["theirs"], strict=True)]
         found |= {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
         found["agreement"] = agreement(results["ours"], results["theirs"])
-    if what.count:
-        found |= {"count": what.count, "unit": what.unit}
+    if what.unit:
+        found |= {"count": what.count or len(inputs.pictures), "unit": what.unit}
     if batch:
         found["their_batch"] = batch
     return found
 
 
-def best_batch(what: Measure, side: Any, inputs: Inputs, device: torch.device) -> int:
+def best_batch(what: Measure, side: Theirs, inputs: Inputs, device: torch.device) -> int:
     """The batch size at which transformers is fastest a text or picture; set on the side."""
-    assert isinstance(side, Theirs)
-    total = PICTURES if what.batches == "caption" else TEXTS
+    total = len(inputs.pictures) if what.batches == "caption" else len(inputs.texts)
     rates: dict[int, float] = {}
-    for size in (size for size in (1, 4, 8, 16, 32, 50, 100) if size <= total):
-        some = Inputs(inputs.pictures[:size], inputs.prompt, inputs.questions, inputs.texts[:size])
+    for size in sorted({1, 4, 8, 16, 32, 64, total}):
+        if size > total:
+            break
+        some = replace(inputs, pictures=inputs.pictures[:size], texts=inputs.texts[:size])
         side.batch[what.batches] = size
-        taken = []
-        for _ in range(2):  # the first one warms up
+        taken: list[float] = []
+        while len(taken) < 5 and sum(taken) < TRIAL:  # the first one warms up
             wait(device)
             start = time.perf_counter()
-            if what.batches == "caption":
-                side.caption(some.pictures, some.prompt, TOKENS)
-            else:
-                what.run(side, some)
+            what.run(side, some)
             wait(device)
             taken.append(time.perf_counter() - start)
-            if taken[-1] > 5:
-                break
         rates[size] = min(taken) / size
-        if rates[size] > 1.1 * min(rates.values()):
+        if rates[size] > 1.25 * min(rates.values()):
             break
     side.batch[what.batches] = min(rates, key=lambda size: rates[size])
     return side.batch[what.batches]
@@ -238,8 +241,8 @@ def agreement(ours: Any, theirs: Any) -> dict[str, Any]:
     """How far two results are the same: texts word by word up to the first difference, numbers as they are.
 
     Returns:
-        `equal`, and for texts `shared`, the part of the words before the first difference; for numbers
-        `difference`, the largest one.
+        `equal`; for texts `shared` of `words` words; for numbers `difference`, the largest, and `scale`, the
+        largest number.
     """
     if isinstance(ours, Tensor):
         difference = float((ours.float().cpu() - theirs.float().cpu()).abs().max())
@@ -253,7 +256,7 @@ def agreement(ours: Any, theirs: Any) -> dict[str, Any]:
             (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
             min(len(first), len(second)),
         )
-    return {"equal": list(ours) == list(theirs), "shared": shared / max(total, 1)}
+    return {"equal": list(ours) == list(theirs), "shared": shared, "words": total}
 
 
 def wanted(only: Iterable[str] | None, kind: str) -> list[Measure]:

@@ -10,7 +10,7 @@ def draw(tables: list[dict[str, Any]], path: Path) -> None:
     """Write a picture with a bar for each measure, a color for each table, and a line at equal speed."""
     compared = [table for table in tables if any("ratio" in row for row in table["rows"])]
     labels = list(dict.fromkeys(row["label"] for table in compared for row in table["rows"]))
-    figure = Figure(figsize=(9, 1.2 + 0.25 * len(labels) * (len(compared) + 1)), layout="constrained")
+    figure = Figure(figsize=(9, 1.8 + 0.25 * (len(labels) + 1) * (len(compared) + 1)), layout="constrained")
     axes = figure.subplots()
     height = 0.8 / max(len(compared), 1)
     for number, table in enumerate(compared):
@@ -22,7 +22,7 @@ def draw(tables: list[dict[str, Any]], path: Path) -> None:
             [max(0.0, row["highest"] - row["ratio"]) for row in rows.values()],
         ]
         both = " / ".join(table["precisions"][side] for side in ("ours", "theirs"))
-        name = f"{table['size']}, {both}, {table['machine']['threads']} threads"
+        name = f"{table['size']}, {both}, threads: {table['machine']['threads']}"
         bars = axes.barh(places, ratios, height, xerr=spread, label=name, ecolor="0.4")
         axes.bar_label(bars, [f" {ratio:.2f}" for ratio in ratios], fontsize=8)
     axes.axvline(1, color="0.2", linewidth=1)
@@ -30,5 +30,5 @@ def draw(tables: list[dict[str, Any]], path: Path) -> None:
     axes.set_yticks([place + middle for place in range(len(labels))], labels)
     axes.invert_yaxis()
     axes.set_xlabel("times as fast as transformers (bar: median of pairs; line: lowest to highest)")
-    axes.legend(title="model, precision of blip2 / transformers")
+    figure.legend(title="model, precision of blip2 / transformers", loc="outside lower center")
     figure.savefig(path, dpi=150)

@@ -4,6 +4,7 @@ Each table is measured in a process of its own with `OMP_WAIT_POLICY=passive` an
 before torch starts: threads that spin while they wait make figures of a machine that others use worthless.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -21,12 +22,14 @@ from typing import Any
 from blip2.bench.folders import RELEASED, SIZES, make_folder
 from blip2.bench.measures import NAMES, wanted
 from blip2.bench.worker import Job
-from blip2.checkpoint import CheckpointError, locate
+from blip2.checkpoint import SMALL, CheckpointError, half_precision, locate
+from blip2.devices import accelerator_memory, choose_device, main_memory
 from blip2.layout import read_layout
 
 EMBEDDED = {"generate": "scenes-opt", "match": "scenes-itm"}
 ALL_SIZES = ("embedded", *(size for size in SIZES if size != "mid-itm"))
 PARTS = {"mid": {"generate": "mid", "match": "mid-itm"}, "itm": {"match": "itm"}}  # others only generate
+BYTES = {"float32": 4.0, "int8": 1.2, "nf4": 0.8}  # a weight, roughly; 2 in 16 bits
 LOADS = 3  # of each side, each in a fresh process
 Pair = dict[str, str]
 DEFAULTS: Pair = {"ours": "auto", "theirs": "float32"}
@@ -44,6 +47,7 @@ class Options:
     repeats: int | None = None
     only: Sequence[str] | None = None
     device: str = "auto"
+    pictures: int = 8
     keep: Path | None = None
     note: Callable[[str], None] = field(default=print)
 
@@ -55,34 +59,96 @@ class Options:
         for name in self.only or ():
             if name not in NAMES:
                 raise ValueError(f"unknown measure {name!r}: choose {', '.join(NAMES)}")
-        if self.repeats is not None and self.repeats < 1:
-            raise ValueError(f"repeats is {self.repeats}, it must be at least 1")
+        for name in ("repeats", "pictures"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, it must be at least 1")
         if min(self.threads) < 0:
-            raise ValueError(f"threads is {min(self.threads)}, it must be at least 1")
+            raise ValueError(f"threads is {min(self.threads)}, it must be at least 1; or 0 for all")
 
 
-def run(options: Options) -> list[dict[str, Any]]:
-    """Measure, and return a table's findings after the other: see `blip2.bench.worker.Findings`."""
-    tables = []
+def run(options: Options) -> Iterator[dict[str, Any]]:
+    """Measure, and yield the findings of a table after the other: see `blip2.bench.worker.Findings`.
+
+    Raises:
+        ValueError: a model that is not there, or two that do not fit into memory.
+        OSError: no room on the disk for random weights.
+    """
     with _stopped_by_sigterm(), tempfile.TemporaryDirectory(prefix="blip2-bench-") as scratch:
         for size in [options.model] if options.model else options.sizes:
             folders, weights = _folders(size, options, Path(scratch))
-            for threads in options.threads:
-                for pair in options.pairs:
-                    out = Path(scratch) / "findings.json"
-                    job = Job(
-                        str(out), folders, dict(pair), threads, options.device, options.repeats,
-                        None if options.only is None else list(options.only),
-                    )  # fmt: skip
-                    sides = " against ".join(f"{side} {precision}" for side, precision in pair.items())
-                    options.note(f"{size}, {sides}, {f'{threads} threads' if threads else 'all threads'}")
-                    found = {"size": size, "weights": weights, **_work(job, options.note)}
-                    if options.only is None or "load" in options.only:
-                        found["loads"] = _loads(job, options.note)
-                    tables.append(found)
-            for folder in Path(scratch).iterdir():  # room for the next size
-                shutil.rmtree(folder, ignore_errors=True)
-    return tables
+            pairs = _different(options.pairs, folders, options.device)
+            for threads, pair in itertools.product(options.threads, pairs):
+                job = Job(
+                    str(Path(scratch) / "findings.json"),
+                    _suited(folders, pair),
+                    dict(pair),
+                    threads,
+                    options.device,
+                    options.repeats,
+                    None if options.only is None else list(options.only),
+                    options.pictures,
+                )
+                _check_memory(job)
+                options.note(f"{size}, {_words(pair)}, {f'threads: {threads}' if threads else 'all threads'}")
+                found = {"size": size, "weights": weights, **_work(job, options.note)}
+                if options.only is None or "load" in options.only:
+                    found["loads"] = _loads(job, options.note)
+                yield found
+            for part in folders.values():
+                if Path(part).is_relative_to(scratch):  # room for the next size
+                    shutil.rmtree(part)
+
+
+def _words(pair: Pair) -> str:
+    return " against ".join(f"{side} {precision}" for side, precision in pair.items())
+
+
+def _suited(folders: dict[str, str], pair: Pair) -> dict[str, str]:
+    """Those of a size that a precision is for: 8 and 4 bits are for language models."""
+    quantized = not {"int8", "nf4"}.isdisjoint(pair.values())
+    return {
+        k: folder for k, folder in folders.items() if k == "generate" or not quantized or len(folders) == 1
+    }
+
+
+def _different(pairs: Sequence[Pair], folders: dict[str, str], device: str) -> list[Pair]:
+    """The pairs without those that "auto" makes the same as another: small models stay in float32."""
+    found: dict[tuple[str, ...], Pair] = {}
+    for pair in pairs:
+        chosen = (
+            _precision(value, Path(folder), device) for value in pair.values() for folder in folders.values()
+        )
+        found.setdefault((*pair, *chosen), pair)
+    return list(found.values())
+
+
+def _precision(precision: str, folder: Path, device: str) -> str:
+    """What `blip2.load` makes of a precision."""
+    layout = read_layout(folder)
+    if precision != "auto":
+        return precision
+    if layout.num_parameters < SMALL:
+        return "float32"
+    return half_precision(choose_device(device), layout.config.text_config.model_type)
+
+
+def _check_memory(job: Job) -> None:
+    """Notice before anything is loaded that the models of both sides do not fit.
+
+    Raises:
+        ValueError: they do not, with what would.
+    """
+    memory = accelerator_memory(job.device) or main_memory()
+    for folder in map(Path, job.folders.values()):
+        chosen = [_precision(precision, folder, job.device) for precision in job.precisions.values()]
+        needed = read_layout(folder).num_parameters * sum(BYTES.get(precision, 2) for precision in chosen)
+        if needed + 1e9 > memory.free:
+            raise ValueError(
+                f"{folder.name}, {_words(job.precisions)}, takes {needed / 1e9:.1f} GB, and 1 GB to work in, "
+                f"but {memory.free / 1e9:.1f} GB are free: choose a lower --precision, a smaller size, or "
+                "--side ours"
+            )
 
 
 def _folders(size: str, options: Options, scratch: Path) -> tuple[dict[str, str], str]:

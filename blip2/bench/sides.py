@@ -16,7 +16,7 @@ from torch import Tensor
 from blip2.chat import Chat
 from blip2.checkpoint import Loaded, load, quiet
 from blip2.generation import Generation, generate
-from blip2.layout import read_layout
+from blip2.layout import read_json, read_layout
 from blip2.processing import Processor
 
 
@@ -95,6 +95,11 @@ class Theirs:
         import transformers
 
         layout = read_layout(folder)
+        kind = read_json(folder / "config.json")["model_type"]
+        if kind != "blip-2":
+            raise ValueError(
+                f"{folder.name} is of type {kind}: only blip-2 is compared with transformers; add --side ours"
+            )
         name = "Blip2ForImageTextRetrieval" if layout.stage1 else "Blip2ForConditionalGeneration"
         self.dtype = torch.bfloat16 if precision in ("int8", "nf4") else getattr(torch, precision)
         options: dict[str, Any] = {"dtype": self.dtype, "local_files_only": True}

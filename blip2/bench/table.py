@@ -63,7 +63,7 @@ def _agreement(agreement: dict[str, Any] | None) -> str:
     if agreement is None:
         return ""
     if "shared" in agreement:
-        return "yes" if agreement["equal"] else f"first {agreement['shared']:.0%} of the words"
+        return "yes" if agreement["equal"] else f"{agreement['shared']} of {agreement['words']} words"
     return "yes" if agreement["equal"] else f"to {agreement['difference']:.1g} of {agreement['scale']:.2g}"
 
 

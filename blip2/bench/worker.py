@@ -5,7 +5,6 @@
 
 import json
 import logging
-import resource
 import sys
 import time
 import warnings
@@ -28,6 +27,7 @@ class Job:
         device: as `blip2.load` takes it.
         repeats: see `blip2.bench.measures.measure`.
         only: names of measures; None: all.
+        pictures: in a batch.
         load: instead of them, load the one model of the one side, and caption with it.
     """
 
@@ -38,6 +38,7 @@ class Job:
     device: str = "auto"
     repeats: int | None = None
     only: list[str] | None = None
+    pictures: int = 8
     load: bool = False
 
     def to_json(self) -> str:
@@ -100,6 +101,10 @@ def _peak(device: Any) -> int:
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -119,9 +124,9 @@ def _measure(job: Job, device: Any) -> dict[str, Any]:
             continue
         sides = {name: makes[name](Path(folder), job.precisions[name], device) for name in job.precisions}
         findings.precisions |= {name: side.precision for name, side in sides.items()}
-        inputs = make_inputs(next(iter(sides.values())).processor.tokenizer)
+        inputs = make_inputs(next(iter(sides.values())).processor.tokenizer, job.pictures)
         for what in todo:
-            print(what.label, flush=True)
+            print(what.label.format(pictures=job.pictures), flush=True)
             row = measure(what, sides, inputs, device, job.repeats)
             if what.name == "decode":
                 shapes = read_layout(Path(folder)).shapes

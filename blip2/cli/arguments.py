@@ -224,6 +224,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="load, preprocess, encode, first-token, caption, beam, batch, decode, chat, match, contrast",
     )
+    parser.add_argument("--pictures", type=int, default=8, metavar="N", help="in a batch (8)")
     parser.add_argument(
         "--side", choices=("both", "ours", "theirs"), default="both", help="measure one alone"
     )

@@ -28,17 +28,22 @@ def run(args: argparse.Namespace, console: Console) -> int:
         options = benchmark.Options(
             sizes=args.size, model=args.model, random=args.random, pairs=pairs, threads=args.threads,
             repeats=args.repeats, only=args.only, device=args.device,
+            pictures=args.pictures,
             keep=Path(args.keep) if args.keep else None, note=console.note,
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from error
-    tables = benchmark.run(options)
-    shown: list[str] = []
-    for table in tables:
-        shown += [*lines(table), ""]
-    console.show({"tables": tables}, shown)
-    if args.out:
-        Path(args.out).write_text(json.dumps({"tables": tables}, indent=2) + "\n", "utf-8")
+    tables: list[dict[str, Any]] = []
+    try:
+        for table in benchmark.run(options):
+            tables.append(table)
+            if not args.json:
+                console.show(table, [*lines(table), ""])
+    finally:  # what was measured is kept, whatever ended the rest
+        if tables and args.out:
+            Path(args.out).write_text(json.dumps({"tables": tables}, indent=2) + "\n", "utf-8")
+    if args.json:
+        console.show({"tables": tables}, ())
     if draw:
         draw(tables, Path(args.plot))
     return 0
