@@ -165,7 +165,7 @@ def test_pairs_take_turns_and_ratios_are_within_pairs(monkeypatch):
     assert clock.order[2:] == ["ours", "theirs", "theirs", "ours", "ours", "theirs"]  # two warm up
     assert found["times"] == {"ours": [1, 2, 4], "theirs": [3, 4, 4]}
     assert (found["ours"], found["theirs"], found["ratio"]) == (2, 4, 2)
-    assert (found["lowest"], found["highest"], found["label"], found["count"]) == (1, 3, "x of 2", 2)
+    assert (found["lower"], found["upper"], found["label"], found["count"]) == (1.5, 2.5, "x of 2", 2)
     assert found["agreement"] == {"equal": True, "shared": 2, "words": 2}
 
 
@@ -177,6 +177,16 @@ def test_less_is_subtracted_and_long_measures_end(monkeypatch):
     )
     found = measure(what, {"ours": side}, measures.Inputs([], "", (), []), CPU)
     assert found["times"]["ours"] == [30, 30, 30] and "ratio" not in found
+
+
+def test_short_measures_take_more_pairs(monkeypatch):
+    what = Measure("x", "x", "generate", lambda s, i: s.work([]))
+    pairs = []
+    for seconds in (0.01, 0.5, 2, 40):
+        side = Clock(monkeypatch).side("ours", seconds)
+        found = measure(what, {"ours": side}, measures.Inputs([], "", (), []), CPU)
+        pairs.append(len(found["times"]["ours"]))
+    assert pairs == [51, 11, 7, 3]
 
 
 def test_transformers_gets_its_best_batch(monkeypatch):

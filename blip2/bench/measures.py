@@ -24,7 +24,8 @@ from blip2.bench.sides import Side, Theirs
 TOKENS = 20  # new ones of a caption or an answer
 DECODED = 60  # of the measure of decoding alone
 TEXTS = 100  # scored against one picture
-ENOUGH = 60.0  # seconds; a measure that has taken so long ends after its third pair
+FEW_PAIRS, PAIRS, MOST_PAIRS = 3, 7, 51  # of runs: of a long measure, of others, of one that is short
+SHORT, ENOUGH = 5.0, 60.0  # seconds for all pairs
 TRIAL = 3.0  # seconds; a batch size is tried up to five times within them, at least once
 PROMPT = "a photo of a red circle and a blue square on a table near the cat in the street"
 QUESTIONS = (  # framed, 12 tokens with a word-level tokenizer
@@ -140,11 +141,11 @@ def measure(
         sides: "ours" and "theirs", or one of them.
         inputs: of `make_inputs`.
         device: what to wait for before a clock is read.
-        repeats: pairs; None: 7, or as many as fit `ENOUGH` seconds, at least 3.
+        repeats: pairs; None: 7, more (up to 51) within `SHORT` seconds, fewer (3) beyond `ENOUGH`.
 
     Returns:
-        For the table and as JSON: medians (seconds), the ratio theirs / ours within pairs (median, lowest,
-        highest), how far the results agree, and all times.
+        For the table and as JSON: medians (seconds), the ratio theirs / ours within pairs (median and
+        quartiles), how far the results agree, and all times.
     """
 
     def seconds(name: str, run: Run) -> tuple[float, Any]:
@@ -164,18 +165,23 @@ def measure(
         batch = best_batch(what, cast(Theirs, sides["theirs"]), inputs, device)
     results = {name: timed(name)[1] for name in sides}
     times: dict[str, list[float]] = {name: [] for name in sides}
+    gc.collect()
+    gc.freeze()  # or each collection would look through the models
     start = time.perf_counter()
-    for number in range(repeats or 7):
+    for number in range(repeats or MOST_PAIRS):
         for name in sorted(sides, reverse=number % 2 == 1):
             times[name].append(timed(name)[0])
-        if repeats is None and number >= 2 and time.perf_counter() - start > ENOUGH:
+        taken = time.perf_counter() - start
+        if repeats is None and taken > SHORT and number + 1 >= (PAIRS if taken <= ENOUGH else FEW_PAIRS):
             break
+    gc.unfreeze()
     label = what.label.format(pictures=len(inputs.pictures))
     found: dict[str, Any] = {"name": what.name, "label": label, "times": times}
     found |= {name: statistics.median(values) for name, values in times.items()}
     if len(sides) == 2:
         ratios = [theirs / ours for ours, theirs in zip(times["ours"], times["theirs"], strict=True)]
-        found |= {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+        lower, ratio, upper = (float(value) for value in np.quantile(ratios, (0.25, 0.5, 0.75)))
+        found |= {"ratio": ratio, "lower": lower, "upper": upper}
         found["agreement"] = agreement(results["ours"], results["theirs"])
     if what.unit:
         found |= {"count": what.count or len(inputs.pictures), "unit": what.unit}

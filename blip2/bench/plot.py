@@ -18,8 +18,8 @@ def draw(tables: list[dict[str, Any]], path: Path) -> None:
         places = [labels.index(label) + number * height for label in rows]
         ratios = [row["ratio"] for row in rows.values()]
         spread = [
-            [max(0.0, row["ratio"] - row["lowest"]) for row in rows.values()],
-            [max(0.0, row["highest"] - row["ratio"]) for row in rows.values()],
+            [max(0.0, row["ratio"] - row["lower"]) for row in rows.values()],
+            [max(0.0, row["upper"] - row["ratio"]) for row in rows.values()],
         ]
         both = " / ".join(table["precisions"][side] for side in ("ours", "theirs"))
         name = f"{table['size']}, {both}, threads: {table['machine']['threads']}"
@@ -29,6 +29,6 @@ def draw(tables: list[dict[str, Any]], path: Path) -> None:
     middle = height * (len(compared) - 1) / 2
     axes.set_yticks([place + middle for place in range(len(labels))], labels)
     axes.invert_yaxis()
-    axes.set_xlabel("times as fast as transformers (bar: median of pairs; line: lowest to highest)")
+    axes.set_xlabel("times as fast as transformers (bar: median of pairs; line: middle half)")
     figure.legend(title="model, precision of blip2 / transformers", loc="outside lower center")
     figure.savefig(path, dpi=150)

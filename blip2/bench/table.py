@@ -23,12 +23,12 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield machine.line(found["machine"])
     yield ""
-    yield "| | blip2 | transformers | times as fast | lowest to highest | same result |"
+    yield "| | blip2 | transformers | times as fast | middle half | same result |"
     yield "|---|--:|--:|--:|--:|---|"
     for row in found["rows"]:
         yield _row(
             row["label"], [_figure(row, side) for side in NAMES], row.get("ratio"),
-            (row.get("lowest"), row.get("highest")), _agreement(row.get("agreement")),
+            (row.get("lower"), row.get("upper")), _agreement(row.get("agreement")),
         )  # fmt: skip
     yield from _loads(found.get("loads", {}))
     yield from _decoding(found)

@@ -217,7 +217,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         "--defaults", action="store_true", help="a table of what each side does by itself: auto, and float32"
     )
     parser.add_argument("--threads", nargs="+", type=int, default=[0], metavar="N", help="a table each (all)")
-    parser.add_argument("--repeats", type=int, metavar="N", help="pairs of runs (3 to 7, by their length)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="pairs of runs (3 to 51, by their length)")
     parser.add_argument(
         "--only",
         nargs="+",
