@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from .beams import beam_search
-from .decoders import Decoder, KeyValues, LibraryDecoder, LibraryKeyValues, OPTDecoder, T5Decoder
+from .cache import KeyValues, LibraryKeyValues
+from .decoders import Decoder, LibraryDecoder, OPTDecoder, T5Decoder
 from .model import Blip2
 from .processing import Processor
 from .settings import Generation
