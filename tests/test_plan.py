@@ -124,6 +124,7 @@ def test_work_of_stage1():
     assert halves.each == pytest.approx(found.each / 2, rel=0.01)
 
 
+@pytest.mark.long
 def test_a_running_process_can_count(tmp_path):
     """Inside a process group, whose other members know nothing of it, and without a trace."""
 

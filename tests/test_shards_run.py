@@ -63,7 +63,8 @@ def whole(parts, tmp_path_factory):
     return runs
 
 
-@pytest.mark.parametrize("stage", ["stage1", pytest.param("opt", marks=pytest.mark.long), "t5"])
+@pytest.mark.long
+@pytest.mark.parametrize("stage", STAGES)
 def test_ten_steps_equal_five_and_five(stage, parts, whole, tmp_path):
     """Order of the data, captions and prefix splits included, with two loader workers; bit by bit."""
     shutil.copytree(whole[stage], tmp_path / "run")

@@ -190,6 +190,7 @@ def test_the_command(name, small, bf16, tmp_path, capsys):
     assert "ITM" in files["profile"].read_text() or name != "stage1-vitg"
 
 
+@pytest.mark.long
 def test_too_little_memory_is_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(throughput.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9))
     assert throughput.main(["stage1-vitg", "--batch", "4", "--layers", "2"]) == 2

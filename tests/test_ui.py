@@ -379,7 +379,7 @@ def test_a_failing_model_leaves_the_conversation_as_it_was(tabs, tmp_path, monke
     def fail(*arguments, **options):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(language, "forward", fail)
+    monkeypatch.setattr(language.lm_head, "forward", fail)
     for run, words in ((tab.ask, ["is there a star?"]), (tab.regenerate, [])):
         with pytest.raises(RuntimeError, match="broken"):
             list(run(visitor, (path, ""), *words, *settings(tab)))
@@ -496,7 +496,7 @@ def test_one_side_that_fails_leaves_the_other(tabs, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(language, "forward", fail)
+    monkeypatch.setattr(language.lm_head, "forward", fail)
     words = ["what?", "scenes-opt", "scenes-flan-t5", False]
     shown = list(tab.run(visitor, (picture(tmp_path, 1), ""), *words, *settings(tab)))
     assert "scenes-opt" in last(shown, tab.receipts[0]) and "failed" in last(shown, tab.receipts[1])
