@@ -447,7 +447,7 @@ def test_list_of_models(blip2_, embedded, cached):
     code, out, _ = blip2_("info")
     line = next(line for line in out.splitlines() if line.startswith("blip2-opt-6.7b "))
     assert code == 0
-    cells = ["blip2-opt-6.7b", "7.75 B", "31.0 GB", "31.0 GB", "15.5 GB", "15.7 GB", "8.1 GB", "4.5 GB"]
+    cells = ["blip2-opt-6.7b", "7.75 B", "31.0 GB", "31.0 GB", "15.5 GB", "15.7 GB", "9.1 GB", "5.9 GB"]
     assert re.split(r"\s{2,}", line) == [*cells, "to download"]
     assert all(preset.license in out for preset in PRESETS.values())
 
