@@ -69,6 +69,7 @@ class Loaded:
     Attributes:
         precision: "float32", "bfloat16", "float16", "int8" or "nf4", as computed with, never "auto".
         notes: sentences worth showing, such as what an older file lacks.
+        offloaded: whether parts of the model lie elsewhere than on `device`: on other GPUs or the disk.
         novelty: tells pictures of a kind that the model does not know; None if it takes any.
     """
 
@@ -80,6 +81,7 @@ class Loaded:
     folder: Path
     notes: list[str]
     novelty: Novelty | None = None
+    offloaded: bool = False
 
     def check_known(self, image: ImageFeatures) -> None:
         """Refuse pictures, encoded by this model, of a kind that it does not know.
@@ -168,7 +170,8 @@ def load(
             )
         model.load_adapter(str(adapter))
     novelty = read_novelty(folder, layout.config.qformer_config.encoder_hidden_size)
-    return Loaded(model.eval(), processor, name, precision, where, folder, _notes(layout, precision), novelty)
+    notes, offloaded = _notes(layout, precision), len(set(device_map.values())) > 1
+    return Loaded(model.eval(), processor, name, precision, where, folder, notes, novelty, offloaded)
 
 
 @contextmanager
@@ -178,7 +181,7 @@ def _scratch(name: str, folder: str | Path | None) -> Iterator[Path | None]:
         yield None
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
+    made = Path(tempfile.mkdtemp(prefix=f"{Path(name).name}-", dir=folder))
     try:
         yield made
     except BaseException:
