@@ -26,8 +26,9 @@ from blip2.layout import EXTERNAL, LEFTOVERS, STAGE1_EXTRAS, Layout, describe, r
 from blip2.model import Blip2
 from blip2.novelty import Novelty, UnknownPictureError
 from blip2.novelty import read as read_novelty
+from blip2.packed import pack
 from blip2.placement import main_device, make_device_map, read_budget, spread
-from blip2.presets import DEFAULT, PRECISIONS
+from blip2.presets import DEFAULT, PRECISIONS, PRESETS
 from blip2.processing import Processor
 from blip2.progress import quiet, watched
 from blip2.quantize import (
@@ -144,7 +145,8 @@ def load(
     if adapter is not None and budget is not None:
         raise ValueError("an adapter needs a model in one piece: leave out max_memory")
     where = main_device(budget, device)
-    name, folder = locate(name_or_path, revision=revision, local_files_only=local_files_only)
+    kept = "float32" if quantize_vision else precision  # a small folder has the encoder in 16 bits
+    name, folder = locate(name_or_path, revision=revision, local_files_only=local_files_only, precision=kept)
     layout = read_layout(folder)
     precision = choose_precision(precision, layout, where, quantize_vision)
     processor = Processor.from_pretrained(folder, layout.config, local_files_only=True)
@@ -169,8 +171,12 @@ def load(
                 f"{adapter} holds no adapter_config.json: an adapter is a folder that peft saved"
             )
         model.load_adapter(str(adapter))
+    elif budget is None:  # accelerate moves the weights of models in pieces
+        pack(model)
     novelty = read_novelty(folder, layout.config.qformer_config.encoder_hidden_size)
     notes, offloaded = _notes(layout, precision), len(set(device_map.values())) > 1
+    if name in PRESETS and folder in PRESETS[name].small_folders():
+        notes.append(f"{name} is read from {folder}, which `blip2 download --precision` wrote")
     return Loaded(model.eval(), processor, name, precision, where, folder, notes, novelty, offloaded)
 
 

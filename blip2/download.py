@@ -48,13 +48,14 @@ def needed(names: list[str]) -> list[str]:
     return [name for name in names if name.endswith(suffixes)]
 
 
-def download(repo_id: str, revision: str | None = None, watch: Watch | None = None) -> Path:
+def download(repo_id: str, revision: str | None = None, watch: Watch | None = None, spare: int = 0) -> Path:
     """Bring a repository's weights, configuration and tokenizer into the Hub's cache.
 
     Args:
         repo_id: owner/name.
         revision: a branch, tag or commit.
         watch: told the bytes that are here and all there are; to cancel, it raises. A later call goes on.
+        spare: bytes that the disk has to have left for what is made of it.
 
     Returns:
         The folder in the cache.
@@ -69,7 +70,7 @@ def download(repo_id: str, revision: str | None = None, watch: Watch | None = No
             "from one that has it"
         )
     try:
-        return _download(repo_id, revision, watch)
+        return _download(repo_id, revision, watch, spare)
     except Exception as error:
         # the hub's client passes its HTTP library's own errors on: httpx's or httpx2's, by version
         known = isinstance(error, HfHubHTTPError | LocalEntryNotFoundError | OSError)
@@ -86,7 +87,7 @@ def download(repo_id: str, revision: str | None = None, watch: Watch | None = No
         ) from error
 
 
-def _download(repo_id: str, revision: str | None, watch: Watch | None) -> Path:
+def _download(repo_id: str, revision: str | None, watch: Watch | None, spare: int) -> Path:
     info = HfApi().model_info(repo_id, revision=revision, files_metadata=True)
     files = {file.rfilename: file for file in info.siblings or ()}
     sizes = {name: files[name].size or 0 for name in needed(list(files))}
@@ -98,9 +99,10 @@ def _download(repo_id: str, revision: str | None, watch: Watch | None) -> Path:
     parts = {name: Part(blobs, str(lfs["sha256"]), sizes[name]) for name, lfs in big.items() if lfs}
     missing = sum(part.size - part.here for part in parts.values())
     free = shutil.disk_usage(blobs).free
-    if free < missing:
+    if free < missing + spare:
+        more = f", and {spare / 1e9:.1f} GB for what is made of it" if spare else ""
         raise CheckpointError(
-            f"{repo_id} needs {missing / 1e9:.1f} GB on the disk, and {free / 1e9:.1f} GB are free in "
+            f"{repo_id} needs {missing / 1e9:.1f} GB on the disk{more}, and {free / 1e9:.1f} GB are free in "
             f"{constants.HF_HUB_CACHE}: make room, or set HF_HOME to a folder on a larger disk"
         )
     total = sum(sizes.values())

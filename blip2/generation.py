@@ -1,7 +1,7 @@
 """Decoding: a loop that streams, stops and caches; the settings are `Generation`.
 
-B rows, Q queries, T text tokens. Greedy and nucleus decoding run in the loop below, because a caller can stop
-it after any token and hand its key-value cache to the next turn; beam search is transformers' own.
+B rows, Q queries, T text tokens. A caller can stop greedy and nucleus decoding after any token and hand its
+key-value cache to the next turn; beams are in `blip2.beams`.
 """
 
 import threading
@@ -18,12 +18,13 @@ from transformers import (
     MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
-    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
+from .beams import beam_search
+from .cache import KeyValues, LibraryKeyValues
+from .decoders import Decoder, LibraryDecoder, OPTDecoder, T5Decoder
 from .model import Blip2
 from .processing import Processor
 from .settings import Generation
@@ -45,40 +46,27 @@ class TextCache:
     """Keys and values of one conversation: the queries, then `ids`, the text tokens read so far."""
 
     ids: list[int] = field(default_factory=list)
-    key_values: DynamicCache = field(default_factory=DynamicCache)
+    key_values: KeyValues | LibraryKeyValues | None = None
 
     @property
     def num_bytes(self) -> int:
         """Memory held."""
-        layers: Any = self.key_values.layers
-        held = [layer for layer in layers if layer.is_initialized]
-        return sum(part.nbytes for layer in held for part in (layer.keys, layer.values))
+        return self.key_values.num_bytes if self.key_values else 0
 
     def keep(self, ids: list[int], num_queries: int) -> int:
         """Forget all but the beginning shared with `ids`; returns how many positions it still holds."""
-        if not self.ids or not ids:  # without text the last query is read for its logits, so all of them are
-            self.ids, self.key_values = [], DynamicCache()
+        if self.key_values is None or not self.ids or not ids:
+            # without text the last query is read for its logits, so all of them are
+            self.ids, self.key_values = [], None
             return 0
         shared = 0
         for old, new in zip(self.ids, ids[:-1], strict=False):  # the last is always read, for its logits
             if old != new:
                 break
             shared += 1
-        if len(self.ids) > shared:
-            self.key_values.crop(shared - len(self.ids))
-            self.ids = self.ids[:shared]
+        self.ids = self.ids[:shared]
+        self.key_values.crop(num_queries + shared)
         return num_queries + shared
-
-
-class Stop(StoppingCriteria):
-    """Ends a beam search after the current token once the event is set."""
-
-    def __init__(self, event: StopSignal):
-        self.event = event
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """All rows stop together."""
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
 @torch.no_grad()
@@ -105,40 +93,35 @@ def decode(
         int (B * num_captions,), the next token of every row; rows that have ended give padding.
     """
     copies = generation.num_captions
-    question = {name: value for name, value in text.items() if name.startswith("qformer_")}
-    ids, mask = (text[name].repeat_interleave(copies, 0) for name in ("input_ids", "attention_mask"))
-    soft = model.language_inputs(None, image, len(text["input_ids"]), question).repeat_interleave(copies, 0)
-    language, config = model.language_model, model.language_model.generation_config
-    ends = torch.tensor(config.eos_token_id, device=ids.device).flatten()
-    pad = config.pad_token_id if config.pad_token_id is not None else int(ends[0])
-    processors = _processors(generation, ends.tolist(), ids.device, avoid)
-    generator = torch.Generator(ids.device)
+    cache = cache if cache is not None and len(text["input_ids"]) == copies == 1 else TextCache()
+    decoder = read_prompt(model, image, text, generation, cache)
+    if copies > 1:
+        decoder.repeat(copies)
+    ends, pad = _ends(model, decoder.logits.device)
+    processors = _processors(generation, ends.tolist(), ends.device, avoid)
+    try:
+        yield from _tokens(decoder, generation, ends, pad, processors, cache)
+    finally:
+        decoder.close()
+
+
+def _tokens(
+    decoder: Decoder,
+    generation: Generation,
+    ends: Tensor,
+    pad: int,
+    processors: LogitsProcessorList,
+    cache: TextCache,
+) -> Iterator[Tensor]:
+    """What `decode` yields; rows that have ended leave the decoder."""
+    copies, num_rows, device = generation.num_captions, len(decoder.logits), ends.device
+    generator = torch.Generator(device)
     generator.seed() if generation.seed is None else generator.manual_seed(generation.seed)
-
-    state: dict[str, Any]
-    bridge = model.bridge  # once: what it knows of the language model holds for every token
-    if model.is_decoder_only:
-        cache = cache if cache is not None and len(ids) == 1 else TextCache()
-        inputs = bridge.prompt(soft, ids, mask)
-        kept = cache.keep(ids[0].tolist(), soft.shape[1])
-        embeds = inputs["inputs_embeds"][:, kept:]
-        state = {"inputs_embeds": embeds, "past_key_values": cache.key_values, "logits_to_keep": 1}
-        state |= _from(kept, bridge.positions(inputs["attention_mask"]))
-    else:
-        inputs = bridge.join(soft, ids, mask)
-        start = torch.full_like(ids[:, :1], config.decoder_start_token_id)
-        state = {"encoder_outputs": language.get_encoder()(**inputs), "decoder_input_ids": start}
-        state["past_key_values"] = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        cache = TextCache()
-    mask = inputs["attention_mask"]
-
-    said: Any = ids[:, :0]
-    unread = ids[0, len(cache.ids) :].tolist()
-    finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    for _ in range(generation.max_new_tokens):
-        output = language(**state, attention_mask=mask, use_cache=True, return_dict=True)
-        cache.ids += unread
-        scores = processors(said, output.logits[:, -1].float())
+    rows = torch.arange(num_rows, device=device)  # those that the decoder goes on with
+    said = torch.empty((num_rows, 0), dtype=torch.long, device=device)
+    finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    for length in range(1, generation.max_new_tokens + 1):
+        scores = processors(said, decoder.logits) if len(processors) else decoder.logits
         if generation.method == "nucleus":
             token = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
         else:
@@ -146,21 +129,62 @@ def decode(
         token = torch.where(finished, pad, token)
         finished = finished | torch.isin(token, ends)
         said = torch.cat([said, token[:, None]], dim=1)
-        yield token
-        if finished.all():
+        yield said.new_full((num_rows,), pad).index_copy(0, rows, token)
+        if length == generation.max_new_tokens or finished.all():
             return
-        if model.is_decoder_only:
-            state = {"input_ids": token[:, None], "past_key_values": cache.key_values}
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            state |= _from(-1, bridge.positions(mask))
-            unread = [int(token[0])]
-        else:
-            state["decoder_input_ids"] = token[:, None]
+        over = finished.view(-1, copies).all(1)
+        if num_rows > 1 and 4 * int(over.sum()) >= len(over):  # else copying the others costs more
+            going = (~over).repeat_interleave(copies).nonzero()[:, 0]
+            rows, said, finished, token = rows[going], said[going], finished[going], token[going]
+            decoder.keep(going)
+        decoder.read(token)
+        cache.ids.append(int(token[0]))
 
 
-def _from(start: int, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Each tensor (B, T) from position `start` on."""
-    return {name: part[:, start:] for name, part in parts.items()}
+def read_prompt(
+    model: Blip2, image: ImageFeatures, text: dict[str, Tensor], generation: Generation, cache: TextCache
+) -> Decoder:
+    """Read queries and prompts, what the cache does not hold of them.
+
+    Args:
+        model: stage 2.
+        image: features of one image or of B.
+        text: of `Processor.text` (and `Processor.question`), B rows.
+        generation: how long an answer may be.
+        cache: empty, or of the turns before of one row; it holds queries and prompt afterwards.
+    """
+    question = {name: value for name, value in text.items() if name.startswith("qformer_")}
+    ids, mask = text["input_ids"], text["attention_mask"]
+    soft = model.language_inputs(None, image, len(ids), question)
+    language: Any = model.language_model
+    bridge = model.bridge
+    inputs = bridge.prompt(soft, ids, mask)
+    embeds, mask = inputs["inputs_embeds"], inputs["attention_mask"]
+    if not model.is_decoder_only:
+        encoded = language.get_encoder()(inputs_embeds=embeds, attention_mask=mask)
+        start = language.generation_config.decoder_start_token_id
+        if T5Decoder.fits(language):
+            return T5Decoder(language, encoded.last_hidden_state, mask, start, generation.max_new_tokens)
+        state = {"encoder_outputs": encoded, "decoder_input_ids": torch.full_like(ids[:, :1], start)}
+        return LibraryDecoder(bridge, state, mask, EncoderDecoderCache(DynamicCache(), DynamicCache()))
+    kept = cache.keep(ids[0].tolist(), soft.shape[1])
+    decoder: Decoder
+    if OPTDecoder.fits(language):
+        past = cache.key_values if isinstance(cache.key_values, KeyValues) else KeyValues()
+        decoder = OPTDecoder(language, embeds[:, kept:], mask, past, generation.max_new_tokens)
+    else:
+        library = cache.key_values if isinstance(cache.key_values, LibraryKeyValues) else LibraryKeyValues()
+        decoder = LibraryDecoder(bridge, {"inputs_embeds": embeds[:, kept:]}, mask, library)
+    cache.key_values = decoder.past
+    cache.ids = ids[0].tolist()
+    return decoder
+
+
+def _ends(model: Blip2, device: torch.device) -> tuple[Tensor, int]:
+    """Tokens that end a text, int, and the one behind the end."""
+    config: Any = model.language_model.generation_config
+    ends = torch.tensor(config.eos_token_id, device=device).flatten()
+    return ends, config.pad_token_id if config.pad_token_id is not None else int(ends[0])
 
 
 def _processors(
@@ -212,11 +236,9 @@ def generate(
     device = image.image_embeds.device
     tokens = {**processor.text(prompts), **processor.question(questions or prompts)}
     tokens = {name: value.to(device) for name, value in tokens.items()}
-    avoid = processor.spellings(generation.avoid) or None
+    avoid = processor.spellings(generation.avoid)
     if generation.method == "beam":
-        criteria = StoppingCriteriaList([Stop(stop)])
-        options = generation.options() | {"bad_words_ids": avoid}
-        new = model.generate(image=image, **tokens, **options, stopping_criteria=criteria)
+        new = _search(model, image, tokens, generation, stop, avoid)
     else:
         steps = []
         for token in decode(model, image, tokens, generation, avoid=avoid):
@@ -229,6 +251,22 @@ def generate(
         texts[start : start + generation.num_captions]
         for start in range(0, len(texts), generation.num_captions)
     ]
+
+
+@torch.no_grad()
+def _search(
+    model: Blip2,
+    image: ImageFeatures,
+    text: dict[str, Tensor],
+    generation: Generation,
+    stop: StopSignal,
+    avoid: list[list[int]],
+) -> Tensor:
+    """Beam search; see `decode` for the arguments and `beam_search` for what it returns."""
+    decoder = read_prompt(model, image, text, generation, TextCache())
+    ends, pad = _ends(model, decoder.logits.device)
+    processors = _processors(generation, ends.tolist(), ends.device, avoid)
+    return beam_search(decoder, generation, ends, pad, processors, stop.is_set)
 
 
 def num_descriptions(model: Blip2, wanted: int | None = None) -> int:

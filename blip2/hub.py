@@ -14,9 +14,16 @@ from blip2.shards import is_complete
 
 
 def locate(
-    name_or_path: str | Path, *, revision: str | None = None, local_files_only: bool = False
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    precision: str = "auto",
 ) -> tuple[str, Path]:
     """Find a checkpoint: its name, and the folder with its files, downloaded if need be and allowed.
+
+    A released one may have a small folder, which `blip2 download --precision` wrote: it serves for its own
+    precision, and for "auto" where the original is not here.
 
     Raises:
         CheckpointError: a folder that is not there, or a repository that cannot be had.
@@ -50,13 +57,21 @@ def locate(
             )
         return preset.name, preset.folder
     assert preset.repo_id is not None
-    return preset.name, _cached_or_downloaded(preset.repo_id, revision, local_files_only)
-
-
-def is_available(name_or_path: str | Path, revision: str | None = None) -> bool:
-    """Whether a checkpoint can be loaded without a download."""
+    small = [] if revision else [kept for kept in preset.small_folders(precision) if is_complete(kept)]
+    if small and precision != "auto":
+        return preset.name, small[0]
     try:
-        locate(name_or_path, revision=revision, local_files_only=True)
+        return preset.name, _cached_or_downloaded(preset.repo_id, revision, local_files_only or bool(small))
+    except CheckpointError:
+        if not small:
+            raise
+        return preset.name, small[0]
+
+
+def is_available(name_or_path: str | Path, revision: str | None = None, precision: str = "auto") -> bool:
+    """Whether a checkpoint can be loaded, in a precision, without a download."""
+    try:
+        locate(name_or_path, revision=revision, local_files_only=True, precision=precision)
     except ValueError:
         return False
     return True

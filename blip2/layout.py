@@ -24,6 +24,7 @@ from blip2.shards import one_line, read_json, read_shapes, variant_of
 
 EXTERNAL = "vision_model.external."  # weights of an image encoder that is a callable
 NOVELTY = "novelty.safetensors"  # see `blip2.novelty`
+DIGESTS = "digests.json"  # see `blip2.values`
 # Old names of parameters, as regular expressions, and the names they have here.
 OLD_NAMES = {r"^vision_proj\.": "vision_projection.", r"^text_proj\.": "text_projection."}
 INSTRUCT_NAMES = {

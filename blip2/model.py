@@ -100,6 +100,7 @@ class Blip2(Blip2Base):
                 self.embeddings(qformer_input_ids),
                 image_embeds,
                 multimodal_mask(self.query_tokens.shape[1], qformer_attention_mask),
+                queries_only=True,
             ).query_output
         return ImageFeatures(
             image_embeds, query_output, self.language_projection(query_output.to(image_embeds.dtype))

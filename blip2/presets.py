@@ -12,10 +12,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from blip2.settings import Generation
+
 if TYPE_CHECKING:
     from transformers import Blip2Config
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8", "nf4")
+SMALL_PRECISIONS = ("bfloat16", "int8", "nf4")  # that a released checkpoint is kept in, the most exact first
 # Bytes a weight; nf4: 4 bits, and a doubly quantized scale a block.
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "nf4": 0.516}
 ORGANIZATION = "Salesforce"
@@ -82,6 +85,31 @@ class Preset:
     def folder(self) -> Path | None:
         """Where an embedded checkpoint lies; None for a released one."""
         return None if self.repo_id else Path(str(resources.files("blip2") / "assets" / self.name))
+
+    @property
+    def question(self) -> str:
+        """The frame around a question (Sec. 4.1); "" for one that scores texts."""
+        frames = {"opt": "Question: {} Answer:", "t5": "Question: {} Short answer:"}
+        return frames.get(self.language_model, "")
+
+    @property
+    def captioning(self) -> Generation:
+        """How it makes captions: the paper's five beams; at least 8 tokens where it was tuned on COCO's."""
+        return Generation.caption(min_new_tokens=8) if self.prompt else Generation.caption()
+
+    def small_folders(self, precision: str = "auto") -> list[Path]:
+        """Where `blip2 download --precision` keeps it, beside the Hub's cache; they need not be there.
+
+        Args:
+            precision: one of `SMALL_PRECISIONS`, or "auto" for any; none for others, which they cannot give.
+        """
+        from huggingface_hub import constants
+
+        if self.repo_id is None:
+            return []
+        place = Path(constants.HF_HUB_CACHE).expanduser().parent / "blip2"
+        wanted = [kept for kept in SMALL_PRECISIONS if precision in (kept, "auto")]
+        return [place / f"{self.name}-{kept}" for kept in wanted]
 
     def config(self) -> "Blip2Config":
         """The full-size configuration of a released checkpoint, as its Hub repository states it."""
@@ -299,6 +327,16 @@ def resolve(name: str) -> Preset:
         if wanted == preset.name:
             return preset
     raise ValueError(f"unknown model {name!r}. {suggestions(name)}")
+
+
+def find_preset(name: str) -> Preset | None:
+    """The preset that `blip2.load` would take; a folder of that name goes before."""
+    if Path(name).expanduser().is_dir():
+        return None
+    try:
+        return resolve(name)
+    except ValueError:
+        return None
 
 
 def suggestions(name: str) -> str:

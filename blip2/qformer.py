@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import Blip2QFormerConfig
 from transformers.activations import ACT2FN
 
+from .packed import activated
+
 KeyValues = tuple[Tensor, Tensor]  # each (B, H, tokens, D/H)
 
 
@@ -155,7 +157,7 @@ class Intermediate(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: float (B, tokens, D) -> float (B, tokens, intermediate size)."""
-        return self.activation(self.dense(hidden))
+        return activated(self.dense, self.activation, hidden)
 
 
 class Layer(nn.Module):
@@ -180,11 +182,17 @@ class Layer(nn.Module):
         image: KeyValues | None,
         mask: Tensor | None,
         past: KeyValues | None,
+        queries_only: bool = False,
     ) -> tuple[Tensor, KeyValues]:
-        """hidden: float (B, Q + T, D), to the same, and the layer's keys and values for a cache."""
+        """hidden: float (B, Q + T, D), to the same, and the layer's keys and values for a cache.
+
+        With `queries_only` the text is read and not passed on: the result is (B, Q, D).
+        """
         key_values = self.attention.attention.key_values(hidden)
         if past is not None:
             key_values = (torch.cat([past[0], key_values[0]], 2), torch.cat([past[1], key_values[1]], 2))
+        if queries_only:
+            hidden = hidden[:, :num_queries]
         hidden = self.attention(hidden, key_values, mask)
         queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
         if num_queries:
@@ -235,6 +243,7 @@ class QFormer(nn.Module):
         image: Tensor | list[KeyValues | None] | None = None,
         mask: Tensor | None = None,
         past: list[KeyValues] | None = None,
+        queries_only: bool = False,
     ) -> QFormerOutput:
         """Run one pass.
 
@@ -244,6 +253,8 @@ class QFormer(nn.Module):
             image: float (B, P, V), or what `project_image` made of it. Required with queries.
             mask: bool, broadcastable to (B, H, Q + T, cached + Q + T), True where attention is allowed.
             past: a cache to attend to in front, as pass (d) does.
+            queries_only: the last layer spares itself the text, whose mask must be the same for all
+                positions, (B, 1, 1, Q + T).
 
         Raises:
             ValueError: queries without an image, or text on a Q-Former without text feed-forwards.
@@ -266,9 +277,15 @@ class QFormer(nn.Module):
         hidden = torch.cat([part.to(self.layernorm.weight.dtype) for part in parts], dim=1)
         hidden = self.dropout(self.layernorm(hidden))
         cache = []
-        for index, layer in enumerate(self.encoder.layers):
+        layers = self.encoder.layers
+        for index, layer in enumerate(layers):
             hidden, key_values = layer(
-                hidden, num_queries, images[index] if images else None, mask, past[index] if past else None
+                hidden,
+                num_queries,
+                images[index] if images else None,
+                mask,
+                past[index] if past else None,
+                queries_only and layer is layers[-1],
             )
             cache.append(key_values)
         return QFormerOutput(hidden[:, :num_queries], hidden[:, num_queries:], cache)

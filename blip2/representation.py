@@ -287,7 +287,7 @@ class Blip2Representation(Blip2Base):
     def _match(self, images: list[KeyValues | None], input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits (N, 2) of N pairs; the head sees every query, their logits are averaged."""
         mask = multimodal_mask(self.query_tokens.shape[1], attention_mask)
-        output = self.qformer(self.query_tokens, self.embeddings(input_ids), images, mask)
+        output = self.qformer(self.query_tokens, self.embeddings(input_ids), images, mask, queries_only=True)
         return self.itm_head(output.query_output.to(self.dtype)).mean(dim=1)
 
     def itg(self, cache: list[KeyValues], input_ids: Tensor, attention_mask: Tensor) -> Tensor:

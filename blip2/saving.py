@@ -14,14 +14,15 @@ from torch import Tensor
 
 from blip2.base import Blip2Base
 from blip2.errors import CheckpointError
-from blip2.layout import NOVELTY, stored_name, write_config
+from blip2.layout import DIGESTS, NOVELTY, stored_name, write_config
 from blip2.processing import Processor
 from blip2.representation import Blip2Representation
 from blip2.shards import VARIANT
 
-# what a new checkpoint replaces; a novelty score is of the old one's weights, a template of its tokenizer
+# what a new checkpoint replaces; novelty and digests are of the old one's weights, a template of its words
 WEIGHTS = re.compile(
-    rf"(model|pytorch_model)[.-].*(safetensors|bin|json)|{re.escape(NOVELTY)}|chat_template\.jinja"
+    r"(model|pytorch_model)[.-].*(safetensors|bin|json)|chat_template\.jinja|"
+    rf"{re.escape(NOVELTY)}|{re.escape(DIGESTS)}"
 )
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import Blip2VisionConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .packed import activated
+
 
 @dataclass
 class ImageFeatures:
@@ -136,7 +138,7 @@ class MLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: float (B, P, V), to the same."""
-        return self.fc2(self.activation(self.fc1(hidden)))
+        return self.fc2(activated(self.fc1, self.activation, hidden))
 
 
 class Block(nn.Module):

@@ -129,7 +129,7 @@ def test_a_failure_leaves_no_half_turn_and_no_broken_cache(chat):
     expected = "".join(make(chat.processor.family).stream("what color ?", LONG))
     pieces = chat.stream("what color ?", LONG)
     next(pieces)
-    hook = chat.model.language_model.register_forward_pre_hook(lambda *_: 1 / 0)
+    hook = chat.model.language_model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         list(pieces)
     hook.remove()
@@ -202,7 +202,7 @@ def test_descriptions_of_many_captions(chat):
 
 def test_stop_while_describing(chat):
     chat.describe = 2
-    hook = chat.model.language_model.register_forward_hook(lambda *_: chat.stop())
+    hook = chat.model.language_model.lm_head.register_forward_hook(lambda *_: chat.stop())
     assert list(chat.stream("how many ?", LONG)) == []
     hook.remove()
     assert not chat.description and [turn.answer for turn in chat.turns] == [""]

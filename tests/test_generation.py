@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from blip2 import decoders
 from blip2.generation import Generation, TextCache, decode, generate
 from blip2.processing import Processor
 
@@ -55,6 +56,55 @@ def test_repetition_penalty_equals_the_library(family):
     assert not torch.equal(ours, said(model, image[0], text, Generation(max_new_tokens=8)))
 
 
+@pytest.mark.parametrize("family", ["opt", "t5", "library opt", "library t5"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 5, "max_new_tokens": 8},
+        {"num_beams": 3, "max_new_tokens": 12, "length_penalty": -1.0, "num_captions": 2},
+        {"num_beams": 4, "max_new_tokens": 9, "length_penalty": 2.0, "min_new_tokens": 4},
+        {"num_beams": 2, "max_new_tokens": 7, "repetition_penalty": 2.0, "avoid": ("red", "what color")},
+        {"num_beams": 1, "max_new_tokens": 6},
+    ],
+)
+def test_beams_equal_the_library(family, settings, monkeypatch):
+    if family.startswith("library"):
+        for lean in (decoders.OPTDecoder, decoders.T5Decoder):
+            monkeypatch.setattr(lean, "fits", staticmethod(lambda model: False))
+    model, processor, image = setup(family.split()[-1])
+    tiny.randomize(model.language_model, seed=len(settings))
+    generation = Generation(method="beam", **settings)
+    text = processor.text(PROMPTS)
+    avoid = processor.spellings(generation.avoid) or None
+    theirs = model.generate(image=image, **text, **generation.options(), bad_words_ids=avoid)
+    flat = [text for texts in generate(model, processor, image, PROMPTS, generation) for text in texts]
+    assert flat == processor.decode(theirs)
+    assert len(set(flat)) > 1
+
+
+@pytest.mark.parametrize("family", ["opt", "t5"])
+def test_rows_that_have_ended_are_not_read_on(family):
+    model, processor, image = setup(family)
+    text, generation = processor.text(PROMPTS), Generation(max_new_tokens=12)
+    config = model.language_model.generation_config
+    config.eos_token_id = 55
+    longest = said(model, image, text, generation)
+    assert longest.shape[1] == 12  # none ends
+    rows = []
+    hook = model.language_model.lm_head.register_forward_hook(
+        lambda _, args, logits: rows.append(len(logits))
+    )
+    config.eos_token_id = int(longest[1, 2])  # row 1 ends with its third token
+    shorter = said(model, image, text, generation)
+    hook.remove()
+    assert rows[:3] == [3, 3, 3] and rows[3] < 3
+    for row, whole in zip(shorter, longest, strict=True):
+        end = (whole == config.eos_token_id).nonzero()
+        length = int(end[0]) + 1 if len(end) else len(whole)
+        assert row[:length].tolist() == whole[:length].tolist()
+        assert (row[length:] == config.pad_token_id).all()
+
+
 def test_nucleus_repeats_by_seed_and_gives_several():
     model, processor, image = setup("opt")
     generation = Generation(method="nucleus", num_captions=3, max_new_tokens=6, seed=7, top_p=1.0)
@@ -75,8 +125,7 @@ def test_cache_answers_as_a_fresh_start():
         text = processor.text(prompt)
         kept = said(model, image[0], text, generation, cache)
         assert torch.equal(kept, said(model, image[0], text, generation))
-    held = cache.key_values.get_seq_length()
-    assert held == tiny.NUM_QUERIES + len(cache.ids)
+    assert cache.key_values.length == tiny.NUM_QUERIES + len(cache.ids)
 
 
 def test_cache_reads_only_what_is_new():
@@ -85,9 +134,8 @@ def test_cache_reads_only_what_is_new():
     said(
         model, image[0], processor.text("Question: what color? Answer:"), Generation(max_new_tokens=1), cache
     )
-    hook = model.language_model.register_forward_pre_hook(
-        lambda _, args, kwargs: read.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
+    first = model.language_model.model.decoder.layers[0]
+    hook = first.fc1.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
     text = processor.text("Question: what color? Answer: red. Question: how many? Answer:")
     next(decode(model, image[0], text, Generation(), cache))
     hook.remove()

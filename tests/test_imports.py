@@ -17,7 +17,7 @@ import blip2
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"devices", "fetch", "config", "errors", "settings", "resources"},
-    {"base", "vision", "encoders", "qformer", "language"},
+    {"base", "vision", "encoders", "qformer", "language", "packed"},
     {"representation", "model"},
     {
         "images",
@@ -37,7 +37,18 @@ LAYERS = [
         "novelty",
         "presets",
     },
-    {"conversation", "generation", "chat", "explain"},
+    {
+        "conversation",
+        "beams",
+        "decoders",
+        "static",
+        "generation",
+        "chat",
+        "explain",
+        "checks",
+        "values",
+        "verify",
+    },
     {"bench", "bulk", "server", "folder", "pictures", "report", "sidecars", "deploy"},
     {"cli", "ui", "__main__"},
 ]

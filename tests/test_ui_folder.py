@@ -189,12 +189,12 @@ def test_stop_keeps_what_is_done_and_goes_on_from_there(tabs, dropped, encoded):
 def test_stop_ends_decoding_and_gives_the_batch_up(shelf, dropped):
     loaded, stop, steps = shelf[False].get("scenes-opt"), threading.Event(), []
 
-    def forward(*arguments, **options):
+    def forward(*arguments):
         steps.append(1)
         if len(steps) == 10:
             stop.set()
 
-    hook = loaded.model.language_model.register_forward_pre_hook(forward, with_kwargs=True)
+    hook = loaded.model.language_model.lm_head.register_forward_pre_hook(forward)
     pictures = {name: Path(path) for path, name in dropped[:2]}
     for method in ("greedy", "beam"):
         steps.clear()

@@ -161,6 +161,9 @@ def make_folder(
         for file, names in shards.filename_to_tensors.items():
             tensors = {name: draw(name, empty[name].shape) for name in names}
             save_file(tensors, fresh / file, {"format": "pt"})
+            (fresh / file).chmod(
+                (fresh / "config.json").stat().st_mode
+            )  # safetensors hides files from others
             del tensors
         if shards.is_sharded:
             index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
@@ -218,17 +221,22 @@ class _Draw:
             return 0.1
         if name.endswith("bias") and "relative_attention" not in name:
             return 0.02
-        if name.endswith(("decoder.embed_tokens.weight", "word_embeddings.weight")):
+        if name.endswith("word_embeddings.weight"):
             return 0.05
+        # Words and places count for more than what all tokens see alike, or a decoder says one for ever.
+        if name.endswith("decoder.embed_tokens.weight"):
+            return 0.02
+        if name.endswith("embed_positions.weight"):
+            return 0.2
         if name.endswith(("query_tokens", "class_embedding", "position_embedding", "embeddings.weight")):
             return 0.5
-        if name.endswith("embed_positions.weight"):
-            return 0.5  # beside the words' so much that a decoder does not say one word for ever
         if name.endswith("shared.weight") or "relative_attention_bias" in name:
             return 1.0
         scale = math.prod(shape[1:]) ** -0.5
-        if name.endswith(("Attention.q.weight",)):
-            scale *= self.t5_head**-0.5  # T5 does not divide by the root of the head's width
+        if name.endswith("out_proj.weight"):
+            return 0.3 * scale
+        if name.endswith("Attention.q.weight"):
+            return scale * self.t5_head**-0.5  # T5 does not divide by the root of the head's width
         return scale
 
 

@@ -21,6 +21,7 @@ from blip2.generation import Generation, generate
 from blip2.images import ImageError, open_image
 from blip2.model import Blip2
 from blip2.novelty import UnknownPictureError
+from blip2.presets import find_preset
 from blip2.processing import PromptError
 from blip2.representation import Blip2Representation
 from blip2.vision import ImageFeatures
@@ -34,7 +35,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def caption(args: argparse.Namespace, console: Console) -> int:
     """Captions for one or more pictures; one that cannot be read does not keep the others from theirs."""
-    settings = generation(args, Generation.caption())
+    preset = find_preset(args.model) if args.model else None
+    settings = generation(args, preset.captioning if preset else Generation.caption())
     if args.start_with is not None and args.prompt is not None:
         raise UsageError("--start-with is --prompt repeated in the output: give one of them")
     if any(os.path.isdir(source) for source in args.images):  # not Path: it takes "" for "."

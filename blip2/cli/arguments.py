@@ -111,9 +111,31 @@ def build_parser() -> argparse.ArgumentParser:
     convert.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id (the language model's)")
     convert.add_argument("--dtype", choices=PRECISIONS[1:4], default="float32", help="of the new folder")
 
-    download = command("download", "checkpoints", "download a released checkpoint, or go on with it")
+    download = command("download", "download", "download a released checkpoint, or go on with it")
     download.add_argument("model", metavar="MODEL", help="a name, such as blip2-opt-2.7b, or a Hub id")
     download.add_argument("--revision", help="a branch, tag or commit (main)")
+    download.add_argument(
+        "--precision",
+        choices=("bf16", "bfloat16", "int8", "nf4"),
+        help="then write a small folder in this precision, which --model NAME --precision finds",
+    )
+    download.add_argument("--out", metavar="FOLDER", help="of the small folder (beside the Hub's cache)")
+    download.add_argument(
+        "--delete-original",
+        choices=("yes", "no"),
+        help="what to do with the large one then; by default a terminal is asked, and else it stays",
+    )
+
+    verify = command("verify", "verify", "check a checkpoint's files, and what it computes, part by part")
+    verify.add_argument("model", metavar="MODEL", help="a name, a folder, or a Hub id")
+    verify.add_argument("--revision", help="a branch, tag or commit (main)")
+    verify.add_argument(
+        "--precision",
+        choices=PRECISIONS[1:4],
+        default="float32",
+        help="to compare with transformers in; float32 (default) takes the most memory and is exact",
+    )
+    verify.add_argument("--device", default="cpu", help="to compare on: cpu (default), cuda, cuda:1 or mps")
 
     deploy = command("deploy", "deploy", "put this app on the Hugging Face Hub, as a Space")
     deploy.add_argument("space", metavar="USER/SPACE", help="a new Space, or one to bring up to date")
@@ -135,6 +157,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep votes on compared answers in this dataset; by default they are not kept",
     )
     deploy.add_argument("--dry-run", metavar="FOLDER", help="write the Space to a new folder; upload nothing")
+
+    bench = command("bench", "bench", "measure this package against transformers, on this machine")
+    _add_bench(bench)
 
     info = command("info", "checkpoints", "list the models, or describe one: parameters, sizes, memory")
     info.add_argument("model", nargs="?", metavar="MODEL", help="a name, a folder, or a Hub id in the cache")
@@ -164,6 +189,48 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--preview", action="store_true", help="show the first five, and write nothing")
     group.add_argument("--batch-size", type=int, metavar="N", help="pictures at once (8)")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--size",
+        nargs="+",
+        default=["embedded"],
+        metavar="SIZE",
+        help="embedded (default), mid, mid-t5, itm, opt-2.7b, opt-6.7b, flan-t5-xl, flan-t5-xxl; one that is "
+        "not in the cache is made up with random weights, nothing is downloaded",
+    )
+    parser.add_argument("--model", "-m", metavar="MODEL", help="instead: a name, a folder, or a Hub id")
+    parser.add_argument(
+        "--random", action="store_true", help="random weights, even if the cache has real ones"
+    )
+    parser.add_argument(
+        "--keep", metavar="FOLDER", help="keep folders with random weights there, and reuse them"
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=PRECISIONS[1:],
+        help="a table each, with both sides in it; default: float32, and then --defaults",
+    )
+    parser.add_argument(
+        "--defaults", action="store_true", help="a table of what each side does by itself: auto, and float32"
+    )
+    parser.add_argument("--threads", nargs="+", type=int, default=[0], metavar="N", help="a table each (all)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="pairs of runs (3 to 51, by their length)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="load, preprocess, encode, first-token, caption, beam, batch, decode, chat, match, contrast",
+    )
+    parser.add_argument("--pictures", type=int, default=8, metavar="N", help="in a batch (8)")
+    parser.add_argument(
+        "--side", choices=("both", "ours", "theirs"), default="both", help="measure one alone"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 or mps")
+    parser.add_argument("--out", metavar="JSON", help="write the findings, with all times, to this file")
+    parser.add_argument("--plot", metavar="PNG", help="draw the ratios; needs matplotlib")
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -1,9 +1,9 @@
-"""`info`, `download` and `convert`: the checkpoints there are, getting them, and LAVIS files as folders."""
+"""`info` and `convert`: the checkpoints there are, and LAVIS files as folders."""
 
 import argparse
 import math
-import re
 from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,32 +12,23 @@ from transformers import Blip2Config
 
 from blip2.base import Blip2Base
 from blip2.checkpoint import is_available, locate
+from blip2.checks import count_parts
 from blip2.cli.console import Console, UsageError, table
-from blip2.cli.models import DOES, find_preset
+from blip2.cli.models import DOES
 from blip2.devices import device_advice
-from blip2.download import download
-from blip2.layout import EXTERNAL, STAGE1_EXTRAS, CheckpointError, read_layout, readers
+from blip2.layout import EXTERNAL, CheckpointError, read_layout, readers
 from blip2.model import Blip2
-from blip2.presets import PRECISIONS, PRESETS, Preset, memory, suggestions
-from blip2.quantize import KEPT, T5_OUTPUT, skipped
+from blip2.presets import PRECISIONS, PRESETS, SMALL_PRECISIONS, Preset, find_preset, memory
+from blip2.quantize import KEPT, skipped
 from blip2.representation import Blip2Representation
-
-PARTS = {
-    "vision_model": "image encoder",
-    "qformer": "Q-Former",
-    "embeddings": "Q-Former's word embeddings",
-    "query_tokens": "queries",
-    "language_projection": "language projection",
-    "language_model": "language model",
-}
+from blip2.settings import Generation
+from blip2.shards import is_complete
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Run one of these commands; returns the exit code."""
     if args.command == "convert":
         return convert(args, console)
-    if args.command == "download":
-        return fetch(args, console)
     return describe(args, console) if args.model else list_presets(console)
 
 
@@ -71,11 +62,20 @@ def list_presets(console: Console) -> int:
 
 
 def _preset_document(preset: Preset) -> dict[str, Any]:
-    there = is_available(preset.name)
-    if preset.repo_id:
-        status = "in the cache" if there else "to download"
-    else:
+    there = is_available(preset.name, precision="float32")
+    small = {
+        precision: str(folder)
+        for precision in SMALL_PRECISIONS
+        for folder in preset.small_folders(precision)
+        if is_complete(folder)
+    }
+    if preset.repo_id is None:
         status = "embedded" if there else "missing"
+    elif there or small:
+        status = ", ".join([*(["in the cache"] if there else []), *(f"here in {kept}" for kept in small)])
+    else:
+        status = "to download"
+    writes = preset.kind == "generate"
     return {
         "name": preset.name,
         "repo_id": preset.repo_id,
@@ -84,8 +84,13 @@ def _preset_document(preset: Preset) -> dict[str, Any]:
         "download_bytes": preset.download_bytes,
         "memory": {precision: preset.memory(precision) for precision in PRECISIONS},
         "image_size": preset.image_size,
+        "caption_prompt": preset.prompt if writes else None,
+        "question_prompt": preset.question if writes else None,
+        "captions": asdict(preset.captioning) if writes else None,
+        "answers": asdict(Generation.answer()) if writes else None,
         "license": preset.license,
         "status": status,
+        "small_folders": small,
     }
 
 
@@ -114,7 +119,7 @@ def describe(args: argparse.Namespace, console: Console) -> int:
     document: dict[str, Any] = {"name": name, "kind": "match" if stage1 else "generate"}
     if preset is not None:
         document |= _preset_document(preset)
-    parts = _parts(model, stored)
+    parts = count_parts(model, stored)
     parts["image encoder"] += external
     trainable = _trainable(model)
     trainable["fine-tuning"] += external
@@ -130,29 +135,6 @@ def describe(args: argparse.Namespace, console: Console) -> int:
     }
     console.show(document, _description(document))
     return 0
-
-
-def _parts(model: Blip2Base, stored: set[str] | None) -> dict[str, int]:
-    """Parameters of each part, tied matrices once.
-
-    Args:
-        model: on the meta device.
-        stored: names in the checkpoint's files; None for a released one, whose matching models lack stage 1's
-            temperature and language model head.
-    """
-    parts: dict[str, int] = {}
-    counts = {path: parameter.numel() for path, parameter in model.named_parameters()}
-    if isinstance(model, Blip2Representation):
-        if stored is None or "temperature" not in stored:
-            counts = {path: count for path, count in counts.items() if path not in STAGE1_EXTRAS}
-    elif model.config.text_config.model_type == "t5" and (stored is None or T5_OUTPUT in stored):
-        language: Any = model.language_model  # transformers builds it tied, loading gives it its own matrix
-        counts[T5_OUTPUT] = language.lm_head.weight.numel()
-    for path, count in counts.items():
-        part = "stage 1's own head" if path in STAGE1_EXTRAS else PARTS.get(path.split(".")[0], "heads")
-        parts[part] = parts.get(part, 0) + count
-    order = [*PARTS.values(), *parts]
-    return dict(sorted(parts.items(), key=lambda item: order.index(item[0])))
 
 
 def _trainable(model: Blip2Base) -> dict[str, int]:
@@ -222,6 +204,7 @@ def _description(document: dict[str, Any]) -> list[str]:
     if document.get("repo_id"):
         size = _size(document["download_bytes"])
         head.append(f"{document['repo_id']}, {size} download, {document['status']}")
+    head += [f"in {precision}: {folder}" for precision, folder in document.get("small_folders", {}).items()]
     head += [document[name] for name in ("license", "readers") if document.get(name)]
     parts = [*document["parts"].items(), ("all", document["parameters"])]
     lines = [*head, "", *table(("part", "parameters"), [(part, f"{count:,}") for part, count in parts])]
@@ -229,7 +212,20 @@ def _description(document: dict[str, Any]) -> list[str]:
     lines += ["", *table(("training", "trainable"), trainable), ""]
     for part, sizes in document["sizes"].items():
         lines.append(f"{part}: " + ", ".join(f"{word.replace('_', ' ')} {n}" for word, n in sizes.items()))
+    if document.get("captions"):
+        lines += _manners(document)
     lines += ["", *table(("precision", "memory"), [(p, _size(n)) for p, n in document["memory"].items()])]
+    return lines
+
+
+def _manners(document: dict[str, Any]) -> list[str]:
+    """How a model with a name is asked, and how it decodes unless told otherwise."""
+    start = document["caption_prompt"]
+    lines = ["", f"captions go on from: {start or 'nothing'}", f"questions: {document['question_prompt']}"]
+    for what in ("captions", "answers"):
+        by: dict[str, Any] = document[what]
+        tokens = f"{by['min_new_tokens']} to {by['max_new_tokens']} tokens"
+        lines.append(f"{what}: {by['num_beams']} beams, {tokens}, length penalty {by['length_penalty']:g}")
     return lines
 
 
@@ -243,25 +239,6 @@ def _size(num_bytes: int) -> str:
     if not num_bytes:
         return "-"
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
-
-
-# --- getting them ---
-
-
-def fetch(args: argparse.Namespace, console: Console) -> int:
-    """Bring a checkpoint into the cache; what an earlier call left is taken up."""
-    preset = find_preset(args.model)
-    if preset is not None and preset.repo_id is None:
-        console.show({"name": preset.name, "folder": str(preset.folder)}, [f"{preset.name} is embedded"])
-        return 0
-    if preset is None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.model):
-        raise UsageError(f"{args.model!r} is nothing to download. {suggestions(args.model)}")
-    repo_id = str(preset.repo_id) if preset else args.model
-    if preset is not None:
-        console.note(f"{repo_id}, {_size(preset.download_bytes)}. {preset.license}")
-    folder = download(repo_id, args.revision)
-    console.show({"name": repo_id, "folder": str(folder)}, [f"{repo_id} is in {folder}"])
-    return 0
 
 
 # --- conversion ---

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if not args.input:
         check_question(args)
     for name in args.models:
-        check_model(name, "generate", console)
+        check_model(name, "generate", console, args.precision)
     return (_file if args.input else _one)(args, settings, console)
 
 

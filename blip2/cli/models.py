@@ -2,7 +2,6 @@
 
 import argparse
 import secrets
-from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import constants
@@ -15,7 +14,7 @@ from blip2.generation import Generation, describe, num_descriptions
 from blip2.model import Blip2
 from blip2.novelty import UnknownPictureError
 from blip2.placement import main_device, read_budget
-from blip2.presets import DEFAULT, PRESETS, Preset, resolve
+from blip2.presets import DEFAULT, PRESETS, Preset, find_preset
 from blip2.processing import Processor, PromptError
 from blip2.vision import ImageFeatures
 
@@ -63,7 +62,7 @@ def default_model(kind: Kind, console: Console, num_pictures: int = 1) -> str:
     )
 
 
-def check_model(name: str, kind: Kind, console: Console) -> None:
+def check_model(name: str, kind: Kind, console: Console, precision: str = "auto") -> None:
     """Refuse a name that cannot work, before anything is downloaded, and announce a download.
 
     Raises:
@@ -72,24 +71,23 @@ def check_model(name: str, kind: Kind, console: Console) -> None:
     preset = find_preset(name)
     if preset is not None and preset.kind != kind:
         _refuse_kind(name, kind)
+    announce(name, preset, console, precision)
+
+
+def announce(name: str, preset: Preset | None, console: Console, precision: str = "auto") -> None:
+    """Say how large a download is that loading a model begins with.
+
+    Raises:
+        UsageError: an unknown name.
+    """
     try:
-        locate(name, local_files_only=True)
+        locate(name, local_files_only=True, precision=precision)
     except CheckpointError:  # `load` will say what is wrong, unless it can download what is missing
         if preset is not None and preset.repo_id and not constants.HF_HUB_OFFLINE:
             size = preset.download_bytes / 1e9
             console.note(f"{preset.name} is not in the cache yet: downloading {size:.1f} GB")
     except ValueError as error:
         raise UsageError(str(error)) from error
-
-
-def find_preset(name: str) -> Preset | None:
-    """The preset that `load` would take; a folder of that name goes before."""
-    if Path(name).expanduser().is_dir():
-        return None
-    try:
-        return resolve(name)
-    except ValueError:
-        return None
 
 
 def load_model(name: str, kind: Kind, args: argparse.Namespace, console: Console) -> Loaded:
@@ -107,7 +105,7 @@ def load_model(name: str, kind: Kind, args: argparse.Namespace, console: Console
             raise UsageError(f"--quantize-vision goes with --precision int8 or nf4, not {args.precision}")
     except ValueError as error:
         raise UsageError(str(error)) from error
-    check_model(name, kind, console)
+    check_model(name, kind, console, args.precision)
     preset = find_preset(name)
     advice = device_advice() if args.device == "auto" and (preset is None or preset.repo_id) else None
     if advice:

@@ -7,8 +7,8 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.presets import PRESETS
 from blip2.settings import Generation
+from blip2.ui.cards import caption_prompt
 from blip2.ui.parameters import Parameters
 from blip2.ui.session import Session
 from blip2.ui.tab import Tab, Updates
@@ -44,7 +44,7 @@ class CaptionTab(Tab):
         generation = self.parameters.generation(values)
         session.look(*picture)
         name, subject = session.model or self.models.default, session.subject
-        prompt = PRESETS[name].prompt if name in PRESETS else ""
+        prompt = caption_prompt(name)
         captions, start = None, time.monotonic()
         with session.answering() as stop:
             yield self.busy(name) | {self.receipt: ""}

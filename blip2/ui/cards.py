@@ -11,7 +11,7 @@ from blip2.devices import (
     main_memory,
     why_not_quantized,
 )
-from blip2.presets import EMBEDDED, PRECISIONS, PRESETS, Preset
+from blip2.presets import EMBEDDED, PRECISIONS, Preset, find_preset
 
 WORLD = "nine colors, eight shapes, two sizes"
 FULL = "auto"
@@ -40,15 +40,21 @@ def join(base: str, precision: str | None) -> str:
     return base if precision in (None, "", FULL) else f"{base}@{precision}"
 
 
-def find_preset(base: str) -> Preset | None:
-    """The preset of that name, unless a folder of the same name was meant."""
-    bare = base.strip().lower().removeprefix("salesforce/")
-    return None if Path(base).expanduser().is_dir() else PRESETS.get(bare)
+def caption_prompt(name: str) -> str:
+    """What a model's captions go on from; "" for most."""
+    preset = find_preset(split(name)[0])
+    return preset.prompt if preset else ""
 
 
 def full_precision(preset: Preset) -> str:
     """What "full" means for a released checkpoint on this machine."""
     return half_precision(choose_device(), preset.language_model)
+
+
+def exact(base: str, precision: str) -> str:
+    """The precision to load in: full precision is meant so, where "auto" would take what is here."""
+    preset = find_preset(base) if precision == FULL else None
+    return full_precision(preset) if preset and preset.repo_id else precision
 
 
 def label(name: str, look: bool = True) -> str:
@@ -64,7 +70,8 @@ def label(name: str, look: bool = True) -> str:
     if look:
         from blip2.checkpoint import is_available
 
-        where = "in the cache" if is_available(preset.name) else where
+        here = is_available(preset.name, precision=exact(base, precision))
+        where = "in the cache" if here else where
     return f"{preset.name} ({where}{suffix})"
 
 
@@ -97,7 +104,7 @@ def card(name: str, local: bool) -> str:
         ]
         return _card(preset.name, facts, preset.license)
     memory = [f"{gigabytes(preset.memory(p))} {p}" for p in ("float32", "bfloat16", "int8", "nf4")]
-    cached = " (in the cache)" if is_available(preset.name) else ""
+    cached = " (in the cache)" if is_available(preset.name, precision=exact(base, precision)) else ""
     facts = [
         ("Size", f"{preset.parameters / 1e9:.1f} billion parameters"),
         ("Download", gigabytes(preset.download_bytes) + cached),

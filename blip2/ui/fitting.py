@@ -70,7 +70,11 @@ def best_here() -> str | None:
         shutil.disk_usage(cache).free,
         full={"opt": opt, "t5": t5},
         quantized=why_not_quantized() is None,
-        cached=[preset.name for preset in PRESETS.values() if preset.repo_id and is_available(preset.name)],
+        cached=[
+            preset.name
+            for preset in PRESETS.values()
+            if preset.repo_id and is_available(preset.name, precision="float32")
+        ],
     )
     if found is None:
         return None

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from blip2.devices import free_unused, is_out_of_memory
 from blip2.errors import CheckpointError
-from blip2.presets import EMBEDDED, PRESETS
+from blip2.presets import EMBEDDED, PRESETS, find_preset
 from blip2.ui import cards, fitting
-from blip2.ui.cards import FULL, find_preset, full_precision, gigabytes, join, split
+from blip2.ui.cards import FULL, full_precision, gigabytes, join, split
 from blip2.ui.jobs import Job
 
 if TYPE_CHECKING:
@@ -164,13 +164,14 @@ class Models:
             ValueError: it is none, visitors may not download here, there is no connection, or no room.
         """
         self._check_allowed(name)
-        preset = find_preset(split(name)[0])
+        base, precision = split(name)
+        preset = find_preset(base)
         if not self.local or preset is None or preset.repo_id is None:
             raise CheckpointError(f"{name} cannot be downloaded here")
         from blip2.checkpoint import is_available
         from blip2.download import download
 
-        if is_available(preset.name):
+        if is_available(preset.name, precision=cards.exact(base, precision)):
             return
         repo_id, title = preset.repo_id, f"Downloading {preset.name}"
 
@@ -273,7 +274,8 @@ class Models:
                 from blip2.checkpoint import locate
                 from blip2.layout import read_layout
 
-                layout = read_layout(locate(base, local_files_only=True)[1])
+                kept = cards.exact(base, precision)
+                layout = read_layout(locate(base, local_files_only=True, precision=kept)[1])
                 _check_kind(base, layout.stage1, kind)
                 if not embedded:
                     self._make_room(base, precision)
@@ -300,7 +302,7 @@ class Models:
         try:
             return checkpoint.load(
                 base,
-                precision=precision,
+                precision=cards.exact(base, precision),
                 local_files_only=self.only is None,
                 check_memory=False,  # `_make_room` has, and a Space's memory is not what it seems
                 watch=watch,

@@ -9,6 +9,7 @@ from blip2.pictures import Captioning
 from blip2.presets import EMBEDDED, PRESETS
 from blip2.settings import Generation
 from blip2.sidecars import SIDECARS
+from blip2.ui.cards import caption_prompt
 from blip2.ui.errors import question
 from blip2.ui.files import UploadsOnly, no_stub
 from blip2.ui.models import Models
@@ -107,7 +108,7 @@ class Options:
         asked = [question(line) for line in (chosen["questions"] or "").splitlines() if line.strip()]
         return Captioning(
             generation.with_(avoid=tuple(filter(None, avoid))),
-            prompt=start or (PRESETS[name].prompt if name in PRESETS else ""),
+            prompt=start or caption_prompt(name),
             keep_prompt=bool(start),
             prefix=chosen["prefix"] or "",
             suffix=chosen["suffix"] or "",

@@ -78,12 +78,14 @@ def shards(args: argparse.Namespace) -> None:
 def novelty(args: argparse.Namespace) -> None:
     """Print which pictures a checkpoint says it does not know; with --fit, have it learn that first."""
     from blip2 import checkpoint
+    from blip2.values import write_digests
     from train.scenes.novelty import figures, fit
 
     torch.set_num_threads(1)
     loaded = checkpoint.load(args.model, precision="float32", device="cpu")
     if args.fit:
         fit(loaded, loaded.folder)
+        write_digests(loaded.folder)
     print(json.dumps(figures(loaded, args.scenes, args.split), indent=2))
 
 

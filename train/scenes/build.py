@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file
 
 from blip2 import checkpoint
+from blip2.values import write_digests
 from train.scenes import evaluate, novelty
 from train.scenes.text import KINDS
 
@@ -136,6 +137,7 @@ def pack(scenes: int) -> None:
             packed.model.config.num_descriptions = max(means, key=lambda count: means[count])
             checkpoint.save(packed.model, packed.processor, folder, weights_dtype="float16")
         novelty.fit(packed, folder)
+        write_digests(folder)
         (folder / "training.json").write_text(json.dumps(training(phase), indent=2) + "\n", "utf-8")
         (folder / "figures.json").unlink(missing_ok=True)  # those of the weights before
         record(folder, {"validation": evaluate.figures(packed, scenes, "validation")})

@@ -1,0 +1,88 @@
+"""Keys and values of what a language model has read: a cache that grows in place, and transformers' own.
+
+N rows, T and S tokens, H heads, L LLM width.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+
+STEP = 64  # tokens by which a cache grows
+
+
+class KeyValues:
+    """Keys and values of every layer, with room to grow; `length` tokens are valid."""
+
+    def __init__(self) -> None:
+        self.layers: list[Tensor] = []  # each (2, N, H, room, L/H): keys, then values
+        self.length = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def write(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a layer's keys and values, (N, H, T, L/H), behind the first `length`; returns all.
+
+        The caller raises `length` once all layers have written, so that a failure in between loses nothing.
+        """
+        end = self.length + keys.shape[2]
+        if index == len(self.layers):
+            self.layers.append(keys.new_empty((2, *keys.shape[:2], 0, keys.shape[3])))
+        layer = self._grown(index, end)
+        layer[0, :, :, self.length : end] = keys
+        layer[1, :, :, self.length : end] = values
+        return layer[0, :, :, :end], layer[1, :, :, :end]
+
+    def grow(self, end: int) -> None:
+        """Have room for `end` tokens in every layer."""
+        for index in range(len(self.layers)):
+            self._grown(index, end)
+
+    def _grown(self, index: int, end: int) -> Tensor:
+        layer = self.layers[index]
+        if end > layer.shape[3]:
+            room = -(-(end + end // 4) // STEP) * STEP
+            self.layers[index] = layer.new_empty((*layer.shape[:3], room, layer.shape[4]))
+            self.layers[index][:, :, :, : self.length] = layer[:, :, :, : self.length]
+        return self.layers[index]
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self.length = min(self.length, length)
+
+    def repeat(self, copies: int) -> None:
+        """Copy every row, one behind the other."""
+        self.layers = [layer.repeat_interleave(copies, dim=1) for layer in self.layers]
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows, int (N,)."""
+        self.layers = [layer.index_select(1, rows) for layer in self.layers]
+
+    def reorder(self, rows: Tensor, since: int) -> None:
+        """Row i becomes row rows[i], int (N,), where the first `since` tokens of both are the same."""
+        for layer in self.layers:
+            new = layer[:, :, :, since : self.length]
+            new.copy_(new.index_select(1, rows))
+
+
+class LibraryKeyValues(DynamicCache):
+    """transformers' cache with the same words."""
+
+    @property
+    def length(self) -> int:
+        """Tokens read."""
+        return self.get_seq_length()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        layers: Any = self.layers
+        return sum(x.keys.nbytes + x.values.nbytes for x in layers if x.is_initialized)
+
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if length < self.length:
+            super().crop(length - self.length)
