@@ -70,6 +70,7 @@ class Loaded:
     Attributes:
         precision: "float32", "bfloat16", "float16", "int8" or "nf4", as computed with, never "auto".
         notes: sentences worth showing, such as what an older file lacks.
+        offloaded: whether parts of the model lie elsewhere than on `device`: on other GPUs or the disk.
         novelty: tells pictures of a kind that the model does not know; None if it takes any.
     """
 
@@ -81,6 +82,7 @@ class Loaded:
     folder: Path
     notes: list[str]
     novelty: Novelty | None = None
+    offloaded: bool = False
 
     def check_known(self, image: ImageFeatures) -> None:
         """Refuse pictures, encoded by this model, of a kind that it does not know.
@@ -172,10 +174,10 @@ def load(
     elif budget is None:  # accelerate moves the weights of models in pieces
         pack(model)
     novelty = read_novelty(folder, layout.config.qformer_config.encoder_hidden_size)
-    notes = _notes(layout, precision)
+    notes, offloaded = _notes(layout, precision), len(set(device_map.values())) > 1
     if name in PRESETS and folder in PRESETS[name].small_folders():
         notes.append(f"{name} is read from {folder}, which `blip2 download --precision` wrote")
-    return Loaded(model.eval(), processor, name, precision, where, folder, notes, novelty)
+    return Loaded(model.eval(), processor, name, precision, where, folder, notes, novelty, offloaded)
 
 
 @contextmanager
@@ -185,7 +187,7 @@ def _scratch(name: str, folder: str | Path | None) -> Iterator[Path | None]:
         yield None
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder))
+    made = Path(tempfile.mkdtemp(prefix=f"{Path(name).name}-", dir=folder))
     try:
         yield made
     except BaseException:

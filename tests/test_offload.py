@@ -12,7 +12,6 @@ from blip2 import cli
 from blip2.checkpoint import CheckpointError, load, save
 from blip2.errors import DoesNotFitError
 from blip2.model import Blip2
-from blip2.packed import unpack
 from blip2.placement import blocks, main_device, place, read_budget, spread
 from blip2.quantize import weight_bytes
 from blip2.representation import Blip2Representation
@@ -47,14 +46,19 @@ def on_disk(model):
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @torch.no_grad()
 def test_part_on_the_disk_answers_the_same(folders, tmp_path, family, caplog):
-    whole = load(folders / family, device="cpu").model
-    unpack(whole)  # to the last digit
+    loaded = load(folders / family, max_memory={"cpu": "1GB"})
+    assert not loaded.offloaded
+    whole = loaded.model
     loaded = load(folders / family, max_memory={"cpu": tight(family)}, offload_folder=tmp_path / "scratch")
     model, pixels = loaded.model, tiny.pixels(2)
     away = on_disk(model)
     assert away and len(list((tmp_path / "scratch").iterdir())) == 1
     assert all(".layers." in name or ".block." in name for name in away)  # nothing but blocks
-    assert loaded.device == model.device == torch.device("cpu") and model.dtype == torch.float32
+    assert (
+        loaded.offloaded
+        and loaded.device == model.device == torch.device("cpu")
+        and model.dtype == torch.float32
+    )
     tokens = loaded.processor.text(["what color is the circle?", "a photo of"])
     if family == "retrieval":
         for head in ("itm", "itc"):
