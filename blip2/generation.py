@@ -97,7 +97,7 @@ def decode(
     decoder = read_prompt(model, image, text, generation, cache)
     if copies > 1:
         decoder.repeat(copies)
-    ends, pad = _ends(model, decoder.logits.device)
+    ends, pad = ending(model, decoder.logits.device)
     processors = _processors(generation, ends.tolist(), ends.device, avoid)
     try:
         yield from _tokens(decoder, generation, ends, pad, processors, cache)
@@ -180,8 +180,8 @@ def read_prompt(
     return decoder
 
 
-def _ends(model: Blip2, device: torch.device) -> tuple[Tensor, int]:
-    """Tokens that end a text, int, and the one behind the end."""
+def ending(model: Blip2, device: torch.device) -> tuple[Tensor, int]:
+    """Tokens that end a text, int, and the one that fills the place behind the end."""
     config: Any = model.language_model.generation_config
     ends = torch.tensor(config.eos_token_id, device=device).flatten()
     return ends, config.pad_token_id if config.pad_token_id is not None else int(ends[0])
@@ -264,7 +264,7 @@ def _search(
 ) -> Tensor:
     """Beam search; see `decode` for the arguments and `beam_search` for what it returns."""
     decoder = read_prompt(model, image, text, generation, TextCache())
-    ends, pad = _ends(model, decoder.logits.device)
+    ends, pad = ending(model, decoder.logits.device)
     processors = _processors(generation, ends.tolist(), ends.device, avoid)
     return beam_search(decoder, generation, ends, pad, processors, stop.is_set)
 

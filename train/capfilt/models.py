@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from blip2 import checkpoint
 from blip2.devices import choose_device
+from blip2.generation import Generation, TextCache, ending, read_prompt
 from blip2.presets import PRESETS, resolve, suggestions
 from train.capfilt.sampling import Sample, Sampling, options
 from train.data.transforms import clean_caption
@@ -96,42 +97,23 @@ class Blip2Captioner:
         """See `Captioner`."""
         device, images = self.model.device, len(pixel_values)
         image = self.model.encode_image(pixel_values.to(device))
-        prompts = [self.sampling.prompt] * images
-        text = self.processor.text(prompts)
+        text = self.processor.text([self.sampling.prompt] * images)
         text = {name: value.to(device) for name, value in text.items()}
-        if self.model.is_decoder_only:
-            soft = self.model.language_inputs(None, image, images, {})
-            new = self._decode(self.model.bridge.join(soft, **text), chances)
-        else:  # the library encodes before it copies
-            new = self.model.generate(image=image, **text, **options(chances, images, self.sampling, device))
-        return _grouped(self.processor.decode(new), images)
-
-    def _decode(self, inputs: dict[str, Tensor], chances: np.ndarray) -> Tensor:
-        """As the library's `generate`, but a decoder reads an image once, before its captions part ways."""
-        language: Any = self.model.language_model
-        copies = len(chances) // len(inputs["inputs_embeds"])
-        sample = Sample(torch.from_numpy(chances).to(self.model.device), self.sampling.top_p)
-        settings = language.generation_config
-        ends = torch.tensor(settings.eos_token_id, device=self.model.device).flatten()
-        pad = int(ends[0]) if settings.pad_token_id is None else settings.pad_token_id
-        output = language(**inputs, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        cache.batch_repeat_interleave(copies)
-        mask = inputs["attention_mask"].repeat_interleave(copies, 0)
-        logits = output.logits[:, -1].repeat_interleave(copies, 0)
-        logits[:, ends] = -torch.inf  # a caption has a token at least
-        finished = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+        settings = Generation(max_new_tokens=self.sampling.max_new_tokens)
+        decoder = read_prompt(self.model, image, text, settings, TextCache())
+        decoder.repeat(len(chances) // images)
+        sample = Sample(torch.from_numpy(chances).to(device), self.sampling.top_p)
+        ends, pad = ending(self.model, device)
+        decoder.logits[:, ends] = -torch.inf  # a caption has a token at least
+        finished = torch.zeros(len(chances), dtype=torch.bool, device=device)
         said: list[Tensor] = []
         while True:
-            token = sample(None, logits).argmax(-1).masked_fill(finished, pad)
+            token = sample(None, decoder.logits).argmax(-1).masked_fill(finished, pad)
             said.append(token)
             finished |= torch.isin(token, ends)
-            if len(said) == self.sampling.max_new_tokens or finished.all():
-                return torch.stack(said, dim=1)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            logits = language(
-                input_ids=token[:, None], attention_mask=mask, past_key_values=cache, use_cache=True
-            ).logits[:, -1]
+            if len(said) == settings.max_new_tokens or finished.all():
+                return _grouped(self.processor.decode(torch.stack(said, dim=1)), images)
+            decoder.read(token)
 
 
 class ITCScorer:
