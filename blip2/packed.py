@@ -14,6 +14,7 @@ import math
 import platform
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -206,8 +207,20 @@ def _together(model: nn.Module) -> Iterator[list[nn.Linear]]:
 
 
 @torch.no_grad()
-def unpack(model: nn.Module) -> None:
-    """Give every linear layer its own matrix again."""
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            _release(module)
+def unpack(model: nn.Module) -> bool:
+    """Give every linear layer its own matrix again; returns whether any had to be."""
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for layer in layers:
+        _release(layer)
+    return bool(layers)
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Have it so for a while: what reads all matrices at once would otherwise hold them twice."""
+    was_packed = unpack(model)
+    try:
+        yield
+    finally:
+        if was_packed:
+            pack(model)

@@ -15,6 +15,7 @@ from torch import Tensor
 from blip2.base import Blip2Base
 from blip2.errors import CheckpointError
 from blip2.layout import DIGESTS, NOVELTY, stored_name, write_config
+from blip2.packed import unpacked
 from blip2.processing import Processor
 from blip2.representation import Blip2Representation
 from blip2.shards import VARIANT
@@ -72,7 +73,8 @@ def save(
         processor.save_pretrained(fresh)
         for file in fresh.rglob("tokenizer_config.json"):
             _write_json(file, _tokenizer_config(json.loads(file.read_text("utf-8"))))
-        _write_model(model, fresh, weights_dtype, max_shard_size)
+        with unpacked(model):
+            _write_model(model, fresh, weights_dtype, max_shard_size)
         if target.is_dir():
             _keep_others(target, fresh)
             old = fresh.with_name(f"{fresh.name}.old")

@@ -40,6 +40,7 @@ LAYERS = [
     {
         "conversation",
         "beams",
+        "cache",
         "decoders",
         "static",
         "generation",
