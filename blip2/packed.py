@@ -11,6 +11,7 @@ code that reads `weight` values directly has to call `unpack` first.
 """
 
 import math
+import os
 import platform
 import weakref
 from collections.abc import Iterator
@@ -172,8 +173,11 @@ def _release(layer: nn.Module) -> None:
 def pack(model: nn.Module) -> None:
     """Lay out every linear layer of a model for inference, one product at a time; `unpack` undoes it.
 
-    The model then takes as much memory as before, but for a second copy of matrices that are tied.
+    The model then takes as much memory as before, but for a second copy of matrices that are tied. On
+    ZeroGPU, which moves weights to its GPU by itself, all stays as it is.
     """
+    if os.environ.get("SPACES_ZERO_GPU"):
+        return
     uses: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

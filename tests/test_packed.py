@@ -112,6 +112,13 @@ def test_one_product_for_one_input():
     torch.testing.assert_close(keys, model.k_proj(second))
 
 
+def test_zerogpu_finds_weights_as_they_were(monkeypatch):
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+    model = attention(48)
+    pack(model)
+    assert num_packed(model) == 0
+
+
 @needs_onednn
 def test_values_lie_in_one_place():
     model = attention(640)
