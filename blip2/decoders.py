@@ -167,8 +167,8 @@ def read_opt(model: Any, embeds: Tensor, positions: Tensor, past: Any, mask: Ten
             )
         )
         keys, values = past.write(index, k, v)
-        attended = F.scaled_dot_product_attention(q, keys, values, mask, is_causal=causal)
-        hidden = hidden + attention.out_proj(attended.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, mask, is_causal=causal)
+        hidden = hidden + attention.out_proj(attended.transpose(1, 2).flatten(2).to(hidden.dtype))
         wide = layer.fc1(layer.final_layer_norm(hidden))
         hidden = hidden + layer.fc2(layer.activation_fn(wide))
     return model.lm_head(decoder.final_layer_norm(hidden[:, -1])).float()
@@ -219,8 +219,9 @@ class T5Decoder(Decoder):
             attention = own.SelfAttention
             q, k, v = _together(own.layer_norm(hidden), attention.q, attention.k, attention.v)
             keys, values = past.write(index, self._heads(k), self._heads(v))
-            attended = F.scaled_dot_product_attention(self._heads(q), keys, values, bias, scale=1.0)
-            hidden = hidden + attention.o(attended.transpose(1, 2).flatten(2))
+            q = self._heads(q).to(keys.dtype)
+            attended = F.scaled_dot_product_attention(q, keys, values, bias.to(keys.dtype), scale=1.0)
+            hidden = hidden + attention.o(attended.transpose(1, 2).flatten(2).to(hidden.dtype))
 
             attention = cross.EncDecAttention
             q = attention.q(cross.layer_norm(hidden))  # (N, 1, inner); copies of an image are its queries

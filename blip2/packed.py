@@ -88,7 +88,9 @@ class Product:
         if self.weight is not None and (rows < self.few or self.blocks is None):
             output = F.linear(input, self.weight, self.bias)
             return F.gelu(output) if post == "gelu" else output
-        if rows < self.few:
+        if rows == 1:
+            input = input.reshape(1, self.in_features).expand(self.few, -1)  # quicker than zeros
+        elif rows < self.few:
             input = F.pad(input.reshape(rows, self.in_features), (0, 0, 0, self.few - rows))
         output = torch.ops.mkldnn._linear_pointwise(input, self.blocks, self.bias, post, [], "none")
         return output if rows >= self.few else output[:rows].view(*shape[:-1], sum(self.sizes))

@@ -149,6 +149,7 @@ def _child() -> None:
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import pytest
 
+    import blip2.beams
     import blip2.chat
     import blip2.generation
     from blip2 import checkpoint
@@ -165,8 +166,8 @@ def _child() -> None:
             partial.write_text(json.dumps(counts))
             partial.replace(options.folder / "journal.json")
 
-    decode, encode, load, beam = (
-        blip2.generation.decode, Blip2.encode_image, checkpoint.load, blip2.generation.Stop.__call__
+    decode, encode, load, advance = (
+        blip2.generation.decode, Blip2.encode_image, checkpoint.load, blip2.beams._advance
     )  # fmt: skip
 
     def slow_decode(model, image, text, generation, *arguments, **settings):
@@ -175,10 +176,10 @@ def _child() -> None:
             time.sleep(options.pace if generation.min_new_tokens > LONG else 0)
             yield token
 
-    def slow_beam(self, input_ids, scores, **settings):
+    def slow_beam(state, *arguments):
         count("tokens")
-        time.sleep(options.pace if input_ids.shape[1] > LONG else 0)
-        return beam(self, input_ids, scores, **settings)
+        time.sleep(options.pace if state.tokens.shape[2] > LONG else 0)
+        return advance(state, *arguments)
 
     def slow_load(name, *arguments, watch=None, **settings):
         def slowly(done, total):
@@ -202,7 +203,7 @@ def _child() -> None:
         return encode(self, pixel_values)
 
     blip2.chat.decode = blip2.generation.decode = slow_decode
-    blip2.generation.Stop.__call__ = slow_beam
+    blip2.beams._advance = slow_beam
     Blip2.encode_image = counted_encode
     checkpoint.load = counted("loaded", slow_load)
     if options.hub:
