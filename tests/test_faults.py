@@ -134,7 +134,10 @@ def test_a_parent_that_dies(kept, parts, tmp_path):
     command = [*ALONE, *arguments(parts, tmp_path / "run", *LONG)]
     if kept:
         command = ["nohup", *command]
-    parent = "import subprocess, sys, time; subprocess.Popen(sys.argv[1:]); time.sleep(600)"
+    parent = (  # the tests themselves may run under nohup
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGHUP, signal.SIG_DFL); "
+        "subprocess.Popen(sys.argv[1:]); time.sleep(600)"
+    )
     with training([sys.executable, "-c", parent, *command], tmp_path / "log") as process:
         until(lambda: logged(tmp_path / "run"))
         [child] = ranks(process)
