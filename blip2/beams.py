@@ -79,13 +79,12 @@ def beam_search(
         worst = state.finished_scores.amin(1)
         hope = state.scores[:, 0] / length**generation.length_penalty
         over = (worst > NEVER) & (hope <= worst) | last
-        if over.any():
-            done[state.images[over]] = state.finished[over, : generation.num_captions]
-            if over.all():
-                break
+        done[state.images[over]] = state.finished[over, : generation.num_captions]
+        going = (~over).nonzero()[:, 0]
+        if not len(going):
+            break
         decoder.repeat(beams) if length == 1 else decoder.reorder(rows)
-        if over.any():
-            going = (~over).nonzero()[:, 0]
+        if len(going) < len(over):
             state.keep(going)
             decoder.keep((going[:, None] * beams + torch.arange(beams, device=device)).flatten())
         decoder.read(state.tokens[..., -1].flatten())

@@ -76,22 +76,23 @@ class OPTDecoder(Decoder):
         self.mask = mask.bool() if padded else None  # (N, S)
         self.places = mask.sum(1) if padded else None  # (N,), the next token's position
         self.step: StaticStep | None = None
+        self.looked = not wanted(model)  # for a step, which is asked for once
         length = inputs_embeds.shape[1]
         self.prompt = past.length + length
         positions = (mask.cumsum(1) * mask - 1)[:, past.length :]
+        seen = None
         if padded or past.length:
             seen = torch.ones(length, self.prompt, dtype=torch.bool, device=mask.device).tril(past.length)
             if self.mask is not None:
                 seen = seen & self.mask[:, None, None, :]
                 seen = seen | ~seen.any(-1, keepdim=True)  # padding is never read, but must see something
-            self.logits = read_opt(model, inputs_embeds, positions, past, seen)
-        else:
-            self.logits = read_opt(model, inputs_embeds, positions, past, None)
+        self.logits = read_opt(model, inputs_embeds, positions, past, seen)
         past.length = self.prompt
 
     def read(self, token: Tensor) -> None:
         """Read one more token of every row, int (N,)."""
-        if self.step is None and len(token) == 1 and self.mask is None and wanted(self.model):
+        if not self.looked and len(token) == 1 and self.mask is None:
+            self.looked = True
             self.step = static_step(read_opt, self.model, self.past.layers[0], self.past.length + self.room)
             if self.step is not None:
                 self.step.load(self.past.layers, self.past.length)
@@ -213,14 +214,14 @@ class T5Decoder(Decoder):
         """Read one more token of every row, int (N,)."""
         model, past = self.model, self.past
         hidden = model.shared(token)[:, None]
-        bias = self.bias[..., self.bias.shape[-1] - past.length - 1 :].to(hidden.dtype)
+        bias = self.bias[..., self.bias.shape[-1] - past.length - 1 :]
         for index, block in enumerate(self.blocks):
             own, cross, wide = block.layer
             attention = own.SelfAttention
             q, k, v = _together(own.layer_norm(hidden), attention.q, attention.k, attention.v)
             keys, values = past.write(index, self._heads(k), self._heads(v))
-            q = self._heads(q).to(keys.dtype)
-            attended = F.scaled_dot_product_attention(q, keys, values, bias.to(keys.dtype), scale=1.0)
+            q, bias = self._heads(q).to(keys.dtype), bias.to(keys.dtype)
+            attended = F.scaled_dot_product_attention(q, keys, values, bias, scale=1.0)
             hidden = hidden + attention.o(attended.transpose(1, 2).flatten(2).to(hidden.dtype))
 
             attention = cross.EncDecAttention

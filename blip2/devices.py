@@ -5,8 +5,11 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,6 +138,21 @@ def half_precision(device: "torch.device", language_model: str = "opt") -> str:
         or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
     )
     return "bfloat16" if fast else "float32"
+
+
+def nearest_folder(path: str | Path) -> Path:
+    """The nearest one above that is there: what is made at `path` will lie on its disk."""
+    path = Path(path).expanduser().absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def free_unused() -> None:

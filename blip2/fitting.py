@@ -73,7 +73,7 @@ def check(
         where = "memory" if device.type == "cpu" else f"the memory of {device}"
         raise DoesNotFitError(
             f"{name} needs {most / 1e9:.1f} GB in {precision}, and {free / 1e9:.1f} GB of {where} are free: "
-            f"{advice(layout, precision, device, free)}"
+            f"{advice(layout, precision, device, free)}; --no-memory-check loads it all the same"
         )
 
 
@@ -91,10 +91,7 @@ def advice(layout: "Layout", precision: str, device: "torch.device", free: int) 
         size = needed(layout, way, device, vision)
         if size <= free and size < least:
             words = f"--precision {way}" + (" --quantize-vision" if vision else "")
-            return f"{words} needs {size / 1e9:.1f} GB; --no-memory-check loads it all the same"
+            return f"{words} needs {size / 1e9:.1f} GB"
     if precision in QUANTIZED:
-        return "choose a smaller model; --no-memory-check loads it all the same"
-    return (
-        "choose a smaller model, or keep a part of it on the disk with --max-memory and --offload-folder; "
-        "--no-memory-check loads it all the same"
-    )
+        return "choose a smaller model"
+    return "choose a smaller model, or keep a part of it on the disk with --max-memory and --offload-folder"

@@ -62,7 +62,6 @@ class Product:
         weights = [layer.weight.data for layer in layers]
         self.sizes = [layer.out_features for layer in layers]
         self.in_features = layers[0].in_features
-        self.owner: int | None = None  # of `seen`
         self.seen: tuple[Any, tuple[Tensor, ...]] | None = None
         self.bias: Tensor | None = None
         if layers[0].bias is not None:

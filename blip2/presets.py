@@ -164,6 +164,11 @@ def memory(parameters: int, quantizable: int, kept: int, precision: str, rest: s
 OVERHEAD, LIBRARIES = 1.1, 700_000_000  # activations and caches, a share of the weights; bytes
 
 
+def gigabytes(number: int) -> str:
+    """`15.0 GB`."""
+    return f"{number / 1e9:.1f} GB"
+
+
 def room(weights: int) -> int:
     """Bytes to have free for a model of that many bytes of weights: activations, caches, the libraries."""
     return int(OVERHEAD * weights) + LIBRARIES * (weights > 400_000_000)

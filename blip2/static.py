@@ -25,8 +25,6 @@ class StaticKeyValues:
         place: int (1,), where the next token goes.
     """
 
-    length = 1  # more than nothing: a mask is needed
-
     def __init__(self, layers: list[Tensor], place: Tensor):
         self.layers, self.place = layers, place
 

@@ -73,6 +73,16 @@ def assets(tmp_path_factory):
     patch.undo()
 
 
+@pytest.fixture
+def hub(assets, tmp_path, monkeypatch):
+    """A stand-in for the Hub, which holds a tiny OPT under a released name."""
+    from hub import Hub, point_to
+
+    with Hub(assets / "scenes-opt", "Salesforce/blip2-opt-2.7b") as stand_in:
+        point_to(stand_in.url, tmp_path / "cache", monkeypatch)
+        yield stand_in
+
+
 # --- the app in Chromium: one for all browser tests, on tiny random models whose tokens are slowed down ---
 
 

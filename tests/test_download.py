@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hub import Hub, point_to
 from safetensors.torch import load_file
 
 from blip2 import checkpoint, verify
@@ -17,14 +16,7 @@ from blip2.cli import main
 from blip2.presets import PRESETS, find_preset
 from blip2.ui import cards
 
-NAME, REPO = "blip2-opt-2.7b", "Salesforce/blip2-opt-2.7b"
-
-
-@pytest.fixture
-def hub(assets, tmp_path, monkeypatch):
-    with Hub(assets / "scenes-opt", REPO) as stand_in:
-        point_to(stand_in.url, tmp_path / "cache", monkeypatch)
-        yield stand_in
+NAME = "blip2-opt-2.7b"
 
 
 def fetched(hub):

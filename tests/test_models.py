@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import gradio as gr
 import pytest
 import torch
-from hub import Hub, point_to
 from huggingface_hub import constants
 from test_ui import picture
 
@@ -499,13 +498,6 @@ def test_containers_have_less_memory(tmp_path):
 
 
 # --- downloads ---
-
-
-@pytest.fixture
-def hub(assets, tmp_path, monkeypatch):
-    with Hub(assets / "scenes-opt", REPO) as stand_in:
-        point_to(stand_in.url, tmp_path / "cache", monkeypatch)
-        yield stand_in
 
 
 def weights(hub):

@@ -4,14 +4,13 @@ import platform
 import re
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from blip2.checkpoint import half_precision
+from blip2.devices import half_precision, versions
 
 PACKAGES = ("blip2", "torch", "transformers", "bitsandbytes")
 
@@ -29,11 +28,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
-    for name in PACKAGES:
-        try:
-            facts[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    facts |= versions(PACKAGES)
     if device.type == "cuda":
         facts["gpu"] = torch.cuda.get_device_name(device)
         facts["gpu_memory"] = torch.cuda.get_device_properties(device).total_memory

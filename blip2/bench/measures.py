@@ -20,6 +20,7 @@ from torch import Tensor
 
 from blip2.bench.machine import wait
 from blip2.bench.sides import Side, Theirs
+from blip2.presets import BYTES
 
 TOKENS = 20  # new ones of a caption or an answer
 DECODED = 60  # of the measure of decoding alone
@@ -220,7 +221,6 @@ def bytes_per_token(shapes: dict[str, tuple[int, ...]], precision: str) -> int:
         shapes: of a checkpoint's stored tensors, by name.
         precision: that is computed in.
     """
-    items = {"float32": 4.0, "int8": 1.0, "nf4": 0.516}
     head = next(
         (
             name
@@ -236,7 +236,7 @@ def bytes_per_token(shapes: dict[str, tuple[int, ...]], precision: str) -> int:
         if not layer or ".encoder." in name or re.search(r"EncDecAttention\.[kv]\.", name):
             continue  # keys and values of the encoder's output are made once
         matrix = len(shape) == 2 or precision == "float32"
-        item = items.get(precision, 2.0) if matrix else 2.0
+        item = BYTES[precision] if matrix else 2
         total += math.prod(shape) * item
     if head is not None:
         total += math.prod(shapes[head]) * (4 if precision == "float32" else 2)

@@ -22,9 +22,10 @@ from typing import Any
 from blip2.bench.folders import RELEASED, SIZES, make_folder
 from blip2.bench.measures import NAMES, wanted
 from blip2.bench.worker import Job
-from blip2.checkpoint import SMALL, CheckpointError, half_precision, locate
+from blip2.checkpoint import CheckpointError, locate
 from blip2.devices import accelerator_memory, choose_device, main_memory
 from blip2.layout import read_layout
+from blip2.quantize import choose_precision
 
 EMBEDDED = {"generate": "scenes-opt", "match": "scenes-itm"}
 ALL_SIZES = ("embedded", *(size for size in SIZES if size != "mid-itm"))
@@ -125,12 +126,9 @@ def _different(pairs: Sequence[Pair], folders: dict[str, str], device: str) -> l
 
 def _precision(precision: str, folder: Path, device: str) -> str:
     """What `blip2.load` makes of a precision."""
-    layout = read_layout(folder)
     if precision != "auto":
         return precision
-    if layout.num_parameters < SMALL:
-        return "float32"
-    return half_precision(choose_device(device), layout.config.text_config.model_type)
+    return choose_precision(precision, read_layout(folder), choose_device(device))
 
 
 def _check_memory(job: Job) -> None:

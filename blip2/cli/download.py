@@ -10,11 +10,11 @@ from huggingface_hub import constants, scan_cache_dir
 
 from blip2.checkpoint import is_available, load, locate, save
 from blip2.cli.console import Console, UsageError
-from blip2.devices import choose_device, why_not_quantized
+from blip2.devices import choose_device, nearest_folder, why_not_quantized
 from blip2.download import download
 from blip2.errors import CheckpointError
 from blip2.layout import read_layout
-from blip2.presets import Preset, find_preset, suggestions
+from blip2.presets import Preset, find_preset, gigabytes, suggestions
 from blip2.quantize import QUANTIZED, compute_dtype, total_bytes
 from blip2.shards import is_complete
 from blip2.values import write_digests
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.out or args.delete_original:
         raise UsageError("--out and --delete-original go with --precision, which makes a small folder")
     if preset is not None:
-        console.note(f"{repo_id}, {_gigabytes(preset.download_bytes)}. {preset.license}")
+        console.note(f"{repo_id}, {gigabytes(preset.download_bytes)}. {preset.license}")
     folder = download(repo_id, args.revision)
     console.show({"name": repo_id, "folder": str(folder)}, [f"{repo_id} is in {folder}"])
     return 0
@@ -55,7 +55,7 @@ def _small(args: argparse.Namespace, console: Console, repo_id: str, preset: Pre
         if original is None:
             spare = preset.memory(precision) if preset else 0
             if preset is not None:
-                sizes = f"{_gigabytes(preset.download_bytes)}, then {_gigabytes(spare)} in {precision}"
+                sizes = f"{gigabytes(preset.download_bytes)}, then {gigabytes(spare)} in {precision}"
                 console.note(f"{repo_id}, {sizes}. {preset.license}")
             if _disk(target) != _disk(Path(constants.HF_HUB_CACHE)):
                 _check_room(target, spare)
@@ -67,7 +67,7 @@ def _small(args: argparse.Namespace, console: Console, repo_id: str, preset: Pre
         strategy = scan_cache_dir(constants.HF_HUB_CACHE).delete_revisions(original.name)
         freed = strategy.expected_freed_size
         strategy.execute()
-        console.note(f"deleted {original}: {_gigabytes(freed)} are free again")
+        console.note(f"deleted {original}: {gigabytes(freed)} are free again")
     elif original is not None:
         console.note(f"the original stays in {original}; --delete-original yes deletes it")
     how = f"--model {name} --precision {precision}" if args.out is None else f"--model {target}"
@@ -119,29 +119,19 @@ def _is_unwanted(args: argparse.Namespace, console: Console, original: Path) -> 
         return args.delete_original == "yes"
     size = sum(file.stat().st_size for file in original.iterdir())
     print(
-        f"Delete the original, {_gigabytes(size)} in {original}? [y/N] ", end="", file=sys.stderr, flush=True
+        f"Delete the original, {gigabytes(size)} in {original}? [y/N] ", end="", file=sys.stderr, flush=True
     )
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def _there(path: Path) -> Path:
-    """The nearest folder above that is there."""
-    path = path.expanduser().absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
 def _disk(path: Path) -> int:
-    return _there(path).stat().st_dev
+    return nearest_folder(path).stat().st_dev
 
 
 def _check_room(target: Path, size: int) -> None:
-    free = shutil.disk_usage(_there(target)).free
+    free = shutil.disk_usage(nearest_folder(target)).free
     if free < size:
         raise CheckpointError(
-            f"{target} will take {_gigabytes(size)}, and {_gigabytes(free)} of its disk are free: make room, "
+            f"{target} will take {gigabytes(size)}, and {gigabytes(free)} of its disk are free: make room, "
             "or choose a folder on another disk with --out"
         )
-
-
-def _gigabytes(number: int) -> str:
-    return f"{number / 1e9:.1f} GB"

@@ -4,7 +4,6 @@ import argparse
 import os
 import platform
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from huggingface_hub.utils import tqdm
@@ -14,6 +13,7 @@ from blip2.checks import Check
 from blip2.cli.console import Console, UsageError
 from blip2.cli.models import announce
 from blip2.devices import choose_device, device_name
+from blip2.devices import versions as installed
 from blip2.presets import find_preset
 from blip2.verify import verify
 
@@ -67,12 +67,7 @@ def describe(check: Check, said: bool = False) -> list[str]:
 
 def versions(device: str = "cpu") -> dict[str, str]:
     """What a report holds for: of this package, of those it stands on, and of the machine."""
-    found = {"blip2": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    found = {"blip2": __version__, "python": platform.python_version()} | installed(PACKAGES)
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs, {device_name(device)}"
     return found | {"machine": machine}
 

@@ -11,7 +11,7 @@ from blip2.devices import (
     main_memory,
     why_not_quantized,
 )
-from blip2.presets import EMBEDDED, PRECISIONS, Preset, find_preset
+from blip2.presets import EMBEDDED, PRECISIONS, Preset, find_preset, gigabytes
 
 WORLD = "nine colors, eight shapes, two sizes"
 FULL = "auto"
@@ -138,11 +138,6 @@ def notice(name: str, served: bool = True) -> str:
         f'<div class="notice"><strong>{base}</strong> knows drawn scenes only: {WORLD}. '
         f"For photographs {instead}.</div>"
     )
-
-
-def gigabytes(number: int) -> str:
-    """`15.0 GB`."""
-    return f"{number / 1e9:.1f} GB"
 
 
 def _card(title: str, facts: list[tuple[str, str]], license: str) -> str:

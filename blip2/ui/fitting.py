@@ -1,14 +1,20 @@
 """What fits into this machine: the precisions it can compute in, the memory a model takes, the best model."""
 
 import shutil
-from pathlib import Path
 
 from huggingface_hub import constants
 
 from blip2 import fitting
-from blip2.devices import Memory, accelerator_memory, choose_device, main_memory, why_not_quantized
-from blip2.presets import PRESETS, best
-from blip2.ui.cards import BITS, FULL, find_preset, full_precision, gigabytes, join
+from blip2.devices import (
+    Memory,
+    accelerator_memory,
+    choose_device,
+    main_memory,
+    nearest_folder,
+    why_not_quantized,
+)
+from blip2.presets import PRESETS, best, find_preset, gigabytes
+from blip2.ui.cards import BITS, FULL, full_precision, join
 
 
 def memory() -> Memory:
@@ -60,9 +66,7 @@ def best_here() -> str | None:
     """The released checkpoint that answers best on this machine, as a name; None if none fits."""
     from blip2.checkpoint import is_available
 
-    accelerator, cache = accelerator_memory(), Path(constants.HF_HUB_CACHE).expanduser()
-    while not cache.exists():
-        cache = cache.parent
+    accelerator, cache = accelerator_memory(), nearest_folder(constants.HF_HUB_CACHE)
     opt, t5 = (full_precision(PRESETS[name]) for name in ("blip2-opt-2.7b", "blip2-flan-t5-xl"))
     found = best(
         main_memory().free,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from blip2.devices import free_unused, is_out_of_memory
 from blip2.errors import CheckpointError
-from blip2.presets import EMBEDDED, PRESETS, find_preset
+from blip2.presets import EMBEDDED, PRESETS, find_preset, gigabytes
 from blip2.ui import cards, fitting
-from blip2.ui.cards import FULL, full_precision, gigabytes, join, split
+from blip2.ui.cards import FULL, full_precision, join, split
 from blip2.ui.jobs import Job
 
 if TYPE_CHECKING:

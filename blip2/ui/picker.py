@@ -8,8 +8,8 @@ from weakref import WeakKeyDictionary
 
 import gradio as gr
 
-from blip2.presets import EMBEDDED, PRESETS, find_preset
-from blip2.ui.cards import FULL, gigabytes, join, label, split, title
+from blip2.presets import EMBEDDED, PRESETS, find_preset, gigabytes
+from blip2.ui.cards import FULL, join, label, split, title
 from blip2.ui.errors import EXPECTED, friendly
 from blip2.ui.models import Models
 from blip2.ui.session import Session
