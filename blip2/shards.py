@@ -1,6 +1,8 @@
 """The files of a checkpoint folder: which there are, what is in them, and tensors when they are asked for."""
 
 import json
+import math
+import mmap
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ STORED_TYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
+OWN = 1 << 20  # bytes; a tensor of so many is not kept in the heap
 VARIANT = (
     "any"  # weights of `blip2-any` are named apart, so that transformers finds none and refuses the folder
 )
@@ -163,7 +166,7 @@ class StoredTensor:
         return self.facts["dtype"]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor = torch.empty(self.get_shape(), dtype=self.dtype)
+        tensor = _empty(self.get_shape(), self.dtype)
         same = self.dtype == self.stored
         flat = tensor.view(-1)
         if not same and not hasattr(self.threads, "piece"):
@@ -185,6 +188,21 @@ class StoredTensor:
                     flat[first : first + number] = piece[:number]
                 done += count
         return tensor[index]
+
+
+def _empty(shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """As `torch.empty`; a big one gets memory of its own, which is the system's again when it is freed.
+
+    Otherwise the heap of the thread that read it keeps what is left when a matrix is laid out anew: a third
+    of all memory after loading.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < OWN:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
+    except OSError as error:
+        raise MemoryError(f"no memory for a tensor of {size:,} bytes") from error
 
 
 def open_tensors(

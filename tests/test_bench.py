@@ -226,6 +226,7 @@ def test_bytes_of_a_token():
 # --- the command ---
 
 
+@pytest.mark.long
 def test_command_end_to_end(tmp_path, capsys):
     out, plot = tmp_path / "found.json", tmp_path / "found.png"
     words = "bench --size embedded --repeats 1 --threads 1 --only caption --pictures 2"

@@ -63,9 +63,8 @@ def test_real_phases_name_what_there_is():
     assert parser().parse_args(["encoder", "--out", "x"]).out.name == "x"
 
 
-@pytest.mark.parametrize(
-    "name, least", [("scenes-opt", 0.9), pytest.param("scenes-flan-t5", 0.7, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name, least", [("scenes-opt", 0.9), ("scenes-flan-t5", 0.7)])
 def test_questions_are_answered_from_the_right_picture(name, least):
     loaded = load(name)
     figures = evaluate.answers(loaded, 32, "validation", described=loaded.model.config.num_descriptions)

@@ -116,7 +116,8 @@ def test_the_state_of_another_order_is_refused(folders):
             other.load_state_dict(state)
 
 
-@pytest.mark.parametrize("micro", [None, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("micro", [None, 2])
 def test_two_processes_read_what_two_workers_read(folders, micro):
     one = loader(folders, workers=2, micro_batch_size=micro)
     ranks = [

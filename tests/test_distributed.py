@@ -17,6 +17,8 @@ from train import distributed, state
 from train.engine import FitConfig, fit
 from train.loader import IndexLoader
 
+pytestmark = pytest.mark.long
+
 CONFIG = FitConfig(
     steps=6,
     learning_rate=1e-2,

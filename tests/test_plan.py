@@ -272,7 +272,8 @@ def test_sizes_that_nobody_knows():
         plan.plan(dataclasses.replace(recipes.stage1_vitg(), start_from="weights/mine"))
 
 
-def test_the_command(capsys):
+def test_the_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # nobody trained here
     given = ["scenes-stage1", "--gpus", "2", "--plan", "--mfu", "0.1", "--micro-batch-size", "24"]
     assert pretrain.main(given) == 2
     assert "its sizes are not known" in capsys.readouterr().err  # the drawn world's encoder has to be there

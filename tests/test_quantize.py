@@ -218,9 +218,11 @@ def test_16_bits_survive_a_folder(tmp_path, family, precision):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
-def test_tensors_are_read_in_pieces(tmp_path, monkeypatch, dtype):
+@pytest.mark.parametrize("own", [1, 1 << 20])
+def test_tensors_are_read_in_pieces(tmp_path, monkeypatch, dtype, own):
     from safetensors.torch import save_file
 
+    monkeypatch.setattr("blip2.shards.OWN", own)
     monkeypatch.setattr("blip2.shards.StoredTensor.PIECE", 64)
     monkeypatch.setattr("blip2.shards.StoredTensor.threads", type("Threads", (), {})())
     tensors = {
@@ -239,6 +241,18 @@ def test_tensors_are_read_in_pieces(tmp_path, monkeypatch, dtype):
         file.truncate((tmp_path / "a.safetensors").stat().st_size - 3)
     with pytest.raises(CheckpointError, match="ended before"):
         [tensor[...] for tensor in read.values()]
+
+
+def test_no_memory_for_a_tensor(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    def refused(*_):
+        raise OSError(12, "Cannot allocate memory")
+
+    save_file({"big": torch.zeros(1 << 19)}, tmp_path / "a.safetensors")
+    monkeypatch.setattr("blip2.shards.mmap.mmap", refused)
+    with pytest.raises(MemoryError, match="2,097,152 bytes"):
+        open_tensors([tmp_path / "a.safetensors"])["big"][...]
 
 
 def test_a_saved_dtype_that_is_none(tmp_path):
