@@ -23,7 +23,7 @@ app: $(READY)  ## start the app on the embedded checkpoints
 	@exec $(BIN)/python app.py $(APP_ARGS)
 
 test: $(READY)  ## the tests: no network, no GPU, no browser
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -184,6 +184,7 @@ def pair(tmp_path_factory):
     return run_pair(work, tmp_path_factory.mktemp("pair"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_train_as_one(family, way, pair, tmp_path):
