@@ -77,7 +77,12 @@ def tokenize(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     Raises:
         MetricError: there is no Java, or the program failed.
     """
-    from pycocoevalcap.tokenizer import ptbtokenizer
+    try:
+        from pycocoevalcap.tokenizer import ptbtokenizer
+    except ImportError as error:
+        raise MetricError(
+            "captions are scored by pycocoevalcap, which is not installed: pip install pycocoevalcap"
+        ) from error
 
     flat = [" ".join(caption.split()) for given in captions.values() for caption in given]
     lines = [line for line in flat if line]
@@ -102,7 +107,8 @@ def _java() -> str:
     if found is None:
         raise MetricError(
             "captions are cut into words by a Java program, and there is no java here: install one "
-            "(Debian and Ubuntu: apt-get install default-jre-headless; macOS: brew install openjdk; conda install openjdk)"
+            "(Debian and Ubuntu: apt-get install default-jre-headless; macOS: brew install openjdk; "
+            "conda: conda install openjdk)"
         )
     return found
 
