@@ -1,4 +1,4 @@
-"""Caption metrics: pycocoevalcap's, on a small fixed set, beside the same computed here from the definitions."""
+"""Caption metrics on a small fixed set: pycocoevalcap's beside the same computed here by definition."""
 
 import gc
 import math
@@ -210,7 +210,7 @@ def children() -> list[str]:
 
 @pytest.mark.long
 def test_meteor():
-    """Known by properties: a repeated reference is perfect, a worse caption is worse, other words are nothing."""
+    """By properties: a repeated reference is perfect, a worse caption is worse, other words are nothing."""
     given = {"one": ["a tall green tree stands here"], "two": ["seven boats cross that wide lake"]}
     texts = {name: [text] for name, [text] in given.items()}
     assert caption_metrics._meteor(given, texts) == pytest.approx(1)
