@@ -155,3 +155,11 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path):
     with pytest.raises(RuntimeError, match="no picture"):
         written(tmp_path, picture_of=failing)
     assert (tmp_path / "report.html").read_text() == before
+
+
+def test_many_figures_are_folded(tmp_path):
+    figures = {f"question: {n}": float(n) for n in range(65)}
+    page = Page(write_report(tmp_path, "t", figures, [], picture).read_text())
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("dd") == 65 and tags.count("details") == 2
+    assert 0 < tags[: tags.index("details")].count("dd") < 65

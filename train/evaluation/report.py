@@ -22,6 +22,7 @@ from train.evaluation import Figures
 
 SHOWN = 12  # examples of each kind
 THUMBNAIL = 360  # pixels at most
+TILES = 24  # figures that are seen at once; the rest, such as those by type of question, can be unfolded
 NAME = "report.html"
 PAGE = Path(__file__).with_name("report.html")
 
@@ -65,9 +66,7 @@ def write_report(
         sections.append(f'<h2>{name}</h2>\n<div class="examples">{cards}</div>')
     parts = {
         "title": escape(title),
-        "figures": "".join(
-            f"<div><dt>{escape(name)}</dt><dd>{_number(value)}</dd></div>" for name, value in figures.items()
-        ),
+        "figures": _figures(figures),
         "settings": escape(json.dumps(settings or {}, indent=2, ensure_ascii=False, default=str)),
         "sections": "\n".join(sections),
     }
@@ -102,6 +101,17 @@ def _score(record: Record) -> float | None:
 
 def _order(record: Record) -> float:
     return _score(record) or 0.0
+
+
+def _figures(figures: Figures) -> str:
+    tiles = [
+        f"<div><dt>{escape(name)}</dt><dd>{_number(value)}</dd></div>" for name, value in figures.items()
+    ]
+    seen = f'<dl class="figures">{"".join(tiles[:TILES])}</dl>'
+    if len(tiles) <= TILES:
+        return seen
+    more = f'<dl class="figures">{"".join(tiles[TILES:])}</dl>'
+    return f"{seen}\n<details><summary>{len(tiles) - TILES} more figures</summary>{more}</details>"
 
 
 def _number(value: float | None) -> str:
