@@ -46,9 +46,9 @@ class Execution:
     checkpointing: bool = False
     """Compute the trained layers' activations (and those of the frozen LLM) again in the backward pass."""
     compile: bool | None = None
-    """Compile the frozen image encoder; None does so on a GPU."""
+    """Compile the image encoder; None does so on a GPU where it is frozen."""
     vision_precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen image encoder's weights."""
+    """Of a frozen image encoder's weights; one that is trained has float32."""
     language_precision: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "float32"
     """Of the frozen language model's weights; stage 2 only."""
     shard_language_model: bool = False

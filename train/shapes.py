@@ -114,8 +114,7 @@ def build(recipe: Recipe, chosen: Execution) -> Objective:
         objective: Objective = kind(model, micro_batch_size=chosen.micro_batch_size)
     objective.train()
     if chosen.checkpointing:
-        layers = [*model.qformer.encoder.layers]
-        execution.recompute(layers + (execution.blocks(model.language_model) if recipe.stage == 2 else []))
+        execution.recompute(execution.layers(model))
     return objective
 
 
