@@ -18,6 +18,7 @@ from blip2.presets import PRESETS
 from train.datasets import RecipeError, Scenes, Shards
 from train.encoders import advice, find
 from train.engine import FitConfig
+from train.lora import LoRA
 from train.recipes import Execution
 
 
@@ -95,6 +96,8 @@ class Tuning:
     """Stochastic depth of the image encoder in training [P: 0 in all of its tables]."""
     max_text_length: int = 32
     """Tokens of a caption or an answer, its end included; longer ones are cut [C]."""
+    lora: LoRA | None = None
+    """Captions and questions: train small matrices beside the language model, and nothing else."""
     execution: Execution = field(default_factory=Execution)
     """How the machines are used."""
 
@@ -120,8 +123,16 @@ class Tuning:
                 f"vision_precision is {self.execution.vision_precision}; an image encoder that learns takes "
                 "float32 (in float16 it gave NaN, LAVIS issue 409): set it so, or train_vision to False"
             )
-        if self.execution.language_precision in ("int8", "nf4"):
-            raise RecipeError(f"language_precision is {self.execution.language_precision}; only LoRA takes it")
+        if self.lora is None and self.execution.language_precision in ("int8", "nf4"):
+            raise RecipeError(
+                f"language_precision {self.execution.language_precision} goes with LoRA alone: add --lora, or "
+                "take bfloat16"
+            )
+        if self.lora is not None and (self.task == "retrieval" or self.stage1 or self.resolution):
+            raise RecipeError(
+                "LoRA goes beside the language model of a model that stays as it is: leave out stage1 and "
+                "resolution, and take it for captions or questions"
+            )
 
     @property
     def stage(self) -> int:
@@ -131,7 +142,7 @@ class Tuning:
     @property
     def trains_vision(self) -> bool:
         """Whether the image encoder learns."""
-        return self.train_vision
+        return self.train_vision and self.lora is None
 
     @property
     def sources(self) -> list[str]:
@@ -147,6 +158,15 @@ class Tuning:
                 released = name in PRESETS or find(name) is not None
                 lacking.append(f"a model of {what}: {name}{'' if released else advice(name)}")
         return lacking + self.data.missing()
+
+
+def with_lora(recipe: Tuning) -> Tuning:
+    """A recipe that trains adapters of `train.lora` instead of the model; at ten times its rate, ours."""
+    rate = min(1e-3, 10 * recipe.fit.learning_rate)
+    return replace(
+        recipe, lora=LoRA(), stage1=None, resolution=None, output=f"{recipe.output}-lora",
+        fit=replace(recipe.fit, learning_rate=rate, layer_decay=1.0),
+    )  # fmt: skip
 
 
 PROBES = {"caption": "cider", "vqa": "accuracy", "retrieval": "retrieval"}
