@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from blip2 import checkpoint
 from blip2.presets import PRESETS
@@ -69,6 +69,8 @@ class Questions:
 @dataclass(frozen=True)
 class Tuning:
     """One fine-tuning run. The language model stays frozen; the image encoder learns (Sec. 4.2 to 4.4)."""
+
+    program: ClassVar[str] = "train.finetune"
 
     task: Literal["caption", "vqa", "retrieval"]
     start_from: str
