@@ -1,4 +1,4 @@
-"""Fine-tuning: which labels count, soft targets, a trained image encoder, the forms that models are saved in."""
+"""Fine-tuning: labels that count, soft targets, an image encoder that learns, and what models are saved as."""
 
 import dataclasses
 import json
@@ -548,6 +548,6 @@ def test_scenes_give_each_task_its_text():
         made[recipe.task] = next(iter(load()))
         assert batches == 1 and len(next(iter(load("validation")))["keys"]) == 4
         assert next(iter(load("validation")))["keys"][0].startswith("validation/")
-    assert all("small" in text or "big" in text for text in made["caption"]["captions"])
+    assert all("small" in text or "large" in text for text in made["caption"]["captions"])
     assert all(len(answers) == 1 for answers in made["vqa"]["answers"])
     assert "qformer_input_ids" in made["vqa"] and "qformer_input_ids" not in made["retrieval"]

@@ -17,7 +17,7 @@ from train.tuning.tokens import asked, prompted
 FRAME = "Question: {} Answer:"
 QUESTIONS = ["what color is the circle?", "how many dog?", "what is there?", "is the star left?"]
 ANSWERS = ["red", "two", "a blue star", "yes"]
-CAPTIONS = ["a red circle", "two blue star on the left", "a dog", "green ring", "one cat"]
+CAPTIONS = ["a red circle", "two blue star on the left", "a dog", "green ring", "one cat", "the square"]
 
 
 def processor(family: str) -> Processor:
@@ -42,7 +42,7 @@ def rows(family: str, indices: list[int], generator=None) -> dict:
         prompts, in_qformer = asked(made, questions, FRAME)
         return {**batch, **prompted(made, prompts, [ANSWERS[i % 4] for i in indices]), **in_qformer}
     recipe = RECIPES["scenes-retrieval" if family == "retrieval" else "scenes-caption-opt"]()
-    return {**batch, **tokenize_for(recipe, made)([CAPTIONS[i % 5] for i in indices], generator)}
+    return {**batch, **tokenize_for(recipe, made)([CAPTIONS[i % 6] for i in indices], generator)}
 
 
 def loader(family: str, rank: int = 0, world: int = 1, number: int = 4) -> IndexLoader:
