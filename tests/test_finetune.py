@@ -1,4 +1,4 @@
-"""Fine-tuning: labels that count, soft targets, an image encoder that learns, and what models are saved as."""
+"""Fine-tuning: labels that count, soft targets, an image encoder that learns, and how models are saved."""
 
 import dataclasses
 import json
@@ -151,7 +151,7 @@ def test_soft_targets_are_the_written_out_formula():
 def test_a_caption_of_the_same_picture_is_no_mismatch(micro):
     """Over many draws, ITM's negatives are of other pictures; in parts too, where they come from all rows."""
     trained, batch = objective("retrieval", micro), tuned.rows("retrieval", [0, 1, 2, 3, 4, 5])
-    seen, of = [], {tuple(ids.tolist()): i % 3 for i, ids in enumerate(batch["input_ids"][:5])}
+    seen, of = [], {tuple(ids.tolist()): i % 3 for i, ids in enumerate(batch["input_ids"])}
     compute = trained.model.itm
 
     def itm(images, ids, *rest, **options):
@@ -163,11 +163,9 @@ def test_a_caption_of_the_same_picture_is_no_mismatch(micro):
         with torch.no_grad():
             for part in trained.split(dict(batch), step):
                 trained(part)
-    assert len(seen) == 12 * 6
-    # row 5 repeats the caption of row 0, so it is left out of `of` and told by its own key
-    pairs = {(of[tuple(own)], of[tuple(drawn)]) for own, drawn in seen if tuple(drawn) in of and tuple(own) in of}
-    assert {(1, 0), (2, 1)} <= pairs
-    assert not any(a == b for a, b in pairs if a != 0)
+    pairs = {(of[tuple(own)], of[tuple(drawn)]) for own, drawn in seen}
+    assert len(seen) == 12 * 6 and len(pairs) >= 4
+    assert not any(own == drawn for own, drawn in pairs)
 
 
 @pytest.mark.parametrize("family", ["retrieval", "instruct", "t5"])
