@@ -144,7 +144,8 @@ def sizes(adapter: Adapter) -> dict[str, int]:
     try:
         with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - no mapping
-                counts[key.removeprefix(PREFIX).partition(".")[0]] += math.prod(file.get_slice(key).get_shape())
+                part = key.removeprefix(PREFIX).partition(".")[0]
+                counts[part] += math.prod(file.get_slice(key).get_shape())
     except SafetensorError as error:
         raise CheckpointError(f"{adapter.folder / WEIGHTS} is broken: {error}") from error
     return dict(counts)
@@ -233,8 +234,8 @@ def merge(model: Any) -> None:
         weight: Any = layer.get_base_layer().weight
         if not weight.is_floating_point():
             raise CheckpointError(
-                "an adapter cannot be merged into weights in 8 or 4 bits, which would round it away: load the "
-                "base in full precision"
+                "an adapter cannot be merged into weights in 8 or 4 bits, which would round it away: load "
+                "the base in full precision"
             )
         if uses[id(weight)] > 1:
             raise CheckpointError(f"{path} shares its weight with another layer: no adapter goes into it")

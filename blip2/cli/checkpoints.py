@@ -222,8 +222,8 @@ def _description(document: dict[str, Any]) -> list[str]:
     head += [f"in {precision}: {folder}" for precision, folder in document.get("small_folders", {}).items()]
     if worn := document.get("adapter"):
         head.append(
-            f"with the LoRA adapter {worn['folder']} of rank {worn['rank']}: {worn['parameters']:,} parameters; "
-            f"those beside the language model are {worn['percent']:.2f} % of its own"
+            f"with the LoRA adapter {worn['folder']} of rank {worn['rank']}: "
+            f"{worn['parameters']:,} parameters; those beside the language model are {worn['percent']:.2f} % of it"
         )
     head += [document[name] for name in ("license", "readers") if document.get(name)]
     parts = [*document["parts"].items(), ("all", document["parameters"])]
