@@ -14,11 +14,13 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any, TypeVar
 
 from train import distributed
 from train.datasets import Shards, Source
-from train.recipes import Recipe, RecipeError
+from train.recipes import RecipeError, Run
 
+R = TypeVar("R", bound=Run)
 EPOCHS = 10  # as LAVIS's public configurations on COCO and Visual Genome
 BATCHES = 40  # at least in an epoch: smaller data sets get smaller batches
 LEAST = 32  # pairs in a batch; ITC has as many candidates
@@ -26,7 +28,7 @@ HELD_OUT = 0.05  # of the pairs, for the probe, where the folder has no val spli
 AT_MOST = 1000
 
 
-def domain(recipe: Recipe, folder: str | Path, source: Source | None = None) -> Recipe:
+def domain(recipe: R, folder: str | Path, source: Source | None = None) -> R:
     """A recipe for the data in a folder, its steps and learning rate scaled to how much there is.
 
     Ten epochs, but no more steps than the recipe has; batches that an epoch has at least 40 of; the learning
@@ -34,7 +36,7 @@ def domain(recipe: Recipe, folder: str | Path, source: Source | None = None) -> 
     weights by the probe are saved. These rules are ours.
 
     Args:
-        recipe: of a stage; what it starts from, its losses and its machines stay.
+        recipe: of a stage, or of fine-tuning; what it starts from, its losses and its machines stay.
         folder: shards; or images, and a .csv or .jsonl with `image` and `caption` or a .txt beside each.
         source: how pictures and captions are read, by default as source.json in the folder says. Captions
             that tell left from right want `flip=0`; that count things or say where they are, `crop=1`.
@@ -59,8 +61,9 @@ def domain(recipe: Recipe, folder: str | Path, source: Source | None = None) -> 
     steps = min(fit.steps, max(100, EPOCHS * pairs // batch))
     scale = math.sqrt(batch / recipe.batch_size)
     often = max(10, steps // 20)
+    made: Any = recipe
     return dataclasses.replace(
-        recipe,
+        made,
         data=data,
         batch_size=batch,
         save="best",

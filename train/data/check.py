@@ -27,6 +27,7 @@ from train.data.records import AnnotationError
 
 SHOWN = 20
 LONGEST = 200  # words; training cuts after 50, and what is longer is rarely one caption
+IMAGE, CAPTION = {"image", "file"}, {"caption", "captions"}  # columns
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,10 @@ def _read_table(table: Path, found: Checked, longest: int) -> dict[str, str]:
     number = 0
     for line, row in records.read_rows(table):
         where, number = f"{table.name}, line {line}", number + 1
+        if number == 1 and table.suffix == ".csv" and not (row.keys() & IMAGE and row.keys() & CAPTION):
+            what = f"they are {[*row]}; image (or file) and caption (or captions) are needed"
+            found.add(f"{table.name}, line 1", "wrong columns", what)
+            return users
         try:
             name, captions, part = records.read_row(row)
         except AnnotationError as error:
@@ -183,7 +188,6 @@ def _fault(path: Path) -> tuple[str, str] | None:
 
 def command(
     path: Positional[Path],
-    /,
     images: Path | None = None,
     longest: int = LONGEST,
     workers: int = os.cpu_count() or 1,

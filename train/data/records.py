@@ -132,6 +132,25 @@ def visual_genome(path: Path, images: Path, part: str = "train") -> Iterator[Rec
         )
 
 
+def visual_genome_questions(path: Path, images: Path, part: str = "train") -> Iterator[Record]:
+    """question_answers.json: all questions of an image in one record, as `vqa` has them, with one answer each."""
+    data = _load(path)
+    if not (isinstance(data, list) and data and "qas" in data[0]):
+        raise AnnotationError(f"{path} is no list of images with questions: another kind of file")
+    for image in data:
+        number = image["id"] if "id" in image else image["image_id"]
+        entries = [
+            {"question_id": qa["qa_id"], "question": qa["question"], "answers": [qa["answer"].rstrip(". ").lower()]}
+            for qa in image["qas"]
+        ]
+        yield Record(
+            key=str(number),
+            image=tuple(images / folder / f"{number}.jpg" for folder in ("VG_100K", "VG_100K_2", "")),
+            part=part,
+            extra={"image_id": number, "questions": entries},
+        )
+
+
 def own(path: Path, images: Path | None = None) -> Iterator[Record]:
     """One's own pictures: a table or a folder with one (`pairs`), or pictures and texts (`sidecars`).
 
