@@ -21,7 +21,8 @@ from blip2.presets import DEFAULT, PRESETS, find_preset
 from blip2.shards import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MANNERS = "blip2.json"  # beside them, and no matter to peft: how the adapted model wants to be asked
+MANNERS = "blip2.json"  # beside them, and no matter to peft: settings of the adapted model's configuration
+SETTINGS: dict[str, type] = {"num_descriptions": int, "caption_prompt": str}  # that may be in it
 PREFIX = "base_model.model."  # peft puts it before every name
 NAME = "default"  # peft's name for a model's only adapter
 CACHED = re.compile(r"models--(.+?)--(.+)")  # a repository's folder in the Hub's cache
@@ -34,14 +35,14 @@ class Adapter:
     Attributes:
         base: the model it was trained on: a name, a Hub id or a folder; "" where it does not say.
         rank: of its matrices.
-        num_descriptions: of a picture that the adapted model reads before a question (`num_descriptions` of
-            its configuration); None: as many as its base.
+        settings: how the adapted model wants to be asked, where that is not as its base: how many captions it
+            reads before a question (num_descriptions), and what its captions go on from (caption_prompt).
     """
 
     folder: Path
     base: str
     rank: int
-    num_descriptions: int | None = None
+    settings: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -73,12 +74,11 @@ def read_adapter(folder: str | Path) -> Adapter:
         )
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder} holds no {WEIGHTS}: save the adapter again, as safetensors")
-    manners = read_json(folder / MANNERS) if (folder / MANNERS).is_file() else {}
+    settings = read_json(folder / MANNERS) if (folder / MANNERS).is_file() else {}
+    if wrong := [name for name, value in settings.items() if type(value) is not SETTINGS.get(name)]:
+        raise CheckpointError(f"{folder / MANNERS} says {wrong[0]} {settings[wrong[0]]!r}, which is unknown")
     return Adapter(
-        folder,
-        str(raw.get("base_model_name_or_path") or ""),
-        int(raw.get("r") or 0),
-        manners.get("num_descriptions"),
+        folder, str(raw.get("base_model_name_or_path") or ""), int(raw.get("r") or 0), settings
     )
 
 
@@ -185,8 +185,8 @@ def put_on(model: Any, adapter: Adapter, name: str) -> None:
     if left:
         raise CheckpointError(f"{misfit}: peft finds no place for {', '.join(left[:3])}")
     model.requires_grad_(False)
-    if adapter.num_descriptions is not None:
-        model.config.num_descriptions = adapter.num_descriptions
+    for setting, value in adapter.settings.items():
+        setattr(model.config, setting, value)
 
 
 def _differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:

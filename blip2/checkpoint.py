@@ -92,6 +92,12 @@ class Loaded:
         """The embedded or released checkpoint that this is, or that an adapter is on; None for others."""
         return PRESETS.get(self.name.partition("+")[0] if self.adapter else self.name)
 
+    @property
+    def caption_prompt(self) -> str:
+        """What its captions go on from, as it was fine-tuned or released; "" for most."""
+        usual = self.preset.prompt if self.preset else ""
+        return str(getattr(self.model.config, "caption_prompt", usual))
+
     def check_known(self, image: ImageFeatures) -> None:
         """Refuse pictures, encoded by this model, of a kind that it does not know.
 

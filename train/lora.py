@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from blip2.adapters import CONFIG, MANNERS, PREFIX, WEIGHTS, base_name, import_peft, inject, merge
+from blip2.adapters import CONFIG, MANNERS, PREFIX, SETTINGS, WEIGHTS, base_name, import_peft, inject, merge
 from blip2.model import Blip2
 from blip2.packed import unpack
 from train.datasets import RecipeError
@@ -154,8 +154,8 @@ def share(model: Blip2) -> Share:
 def save_adapter(model: Blip2, folder: str | Path, base: str | None = None) -> Path:
     """Save the adapter that a model wears as peft does; all of it appears at once, or nothing.
 
-    How many descriptions the model reads before a question, where its configuration says so, goes along: set
-    `model.config.num_descriptions` to 0 where questions were trained without any.
+    How the model wants to be asked goes along, where its configuration says so: `num_descriptions`, 0 where
+    questions were trained without captions before them, and `caption_prompt`, what captions go on from.
 
     Args:
         model: wearing one.
@@ -184,8 +184,9 @@ def save_adapter(model: Blip2, folder: str | Path, base: str | None = None) -> P
         config = copy.deepcopy(next(iter(model.peft_config.values())))
         config.base_model_name_or_path, config.inference_mode = base, True
         config.save_pretrained(str(fresh))
-        if (number := getattr(model.config, "num_descriptions", None)) is not None:
-            (fresh / MANNERS).write_text(json.dumps({"num_descriptions": number}) + "\n", "utf-8")
+        settings = {name: getattr(model.config, name) for name in SETTINGS if hasattr(model.config, name)}
+        if settings:
+            (fresh / MANNERS).write_text(json.dumps(settings) + "\n", "utf-8")
         (fresh / WEIGHTS).chmod((fresh / CONFIG).stat().st_mode)  # safetensors hides files from others
         if target.is_dir():
             old = fresh.with_name(f"{fresh.name}.old")

@@ -33,7 +33,7 @@ def captioning(args: argparse.Namespace, settings: Generation, loaded: Loaded) -
     """What is wanted of each picture."""
     prompt = args.start_with if args.prompt is None else args.prompt
     if prompt is None:
-        prompt = loaded.preset.prompt if loaded.preset else ""
+        prompt = loaded.caption_prompt
     return Captioning(
         settings,
         prompt=loaded.processor.prompt(prompt, "caption"),

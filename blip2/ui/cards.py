@@ -1,6 +1,7 @@
 """What the page says about models: names with a precision (`blip2-opt-2.7b@nf4`), labels, cards, notices."""
 
 import html
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,8 +62,11 @@ def adapter_of(base: str) -> "Adapter | None":
 def caption_prompt(name: str) -> str:
     """What a model's captions go on from; "" for most."""
     base = split(name)[0]
-    worn = adapter_of(base)
-    preset = find_preset(worn.base if worn else base)
+    if worn := adapter_of(base):
+        return str(worn.settings.get("caption_prompt", caption_prompt(worn.base)))
+    preset, config = find_preset(base), Path(base).expanduser() / "config.json"
+    if preset is None and base and config.is_file():  # a folder, perhaps fine-tuned
+        return str(json.loads(config.read_text("utf-8")).get("caption_prompt", ""))
     return preset.prompt if preset else ""
 
 
