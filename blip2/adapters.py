@@ -4,6 +4,7 @@ An adapter is a folder: `adapter_config.json`, which names the model it was trai
 `adapter_model.safetensors`. Its names are those of transformers' BLIP-2, so plain peft reads it too.
 """
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from blip2.errors import CheckpointError
@@ -20,6 +21,8 @@ from blip2.presets import DEFAULT, PRESETS, find_preset
 from blip2.shards import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MANNERS = "blip2.json"  # beside them, and no matter to peft: settings of the adapted model's configuration
+SETTINGS: dict[str, type] = {"num_descriptions": int, "caption_prompt": str}  # that may be in it
 PREFIX = "base_model.model."  # peft puts it before every name
 NAME = "default"  # peft's name for a model's only adapter
 CACHED = re.compile(r"models--(.+?)--(.+)")  # a repository's folder in the Hub's cache
@@ -32,11 +35,14 @@ class Adapter:
     Attributes:
         base: the model it was trained on: a name, a Hub id or a folder; "" where it does not say.
         rank: of its matrices.
+        settings: how the adapted model wants to be asked, where that is not as its base: how many captions it
+            reads before a question (num_descriptions), and what its captions go on from (caption_prompt).
     """
 
     folder: Path
     base: str
     rank: int
+    settings: dict[str, Any]
 
     @property
     def name(self) -> str:
@@ -68,7 +74,12 @@ def read_adapter(folder: str | Path) -> Adapter:
         )
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder} holds no {WEIGHTS}: save the adapter again, as safetensors")
-    return Adapter(folder, str(raw.get("base_model_name_or_path") or ""), int(raw.get("r") or 0))
+    settings = read_json(folder / MANNERS) if (folder / MANNERS).is_file() else {}
+    if wrong := [name for name, value in settings.items() if type(value) is not SETTINGS.get(name)]:
+        raise CheckpointError(f"{folder / MANNERS} says {wrong[0]} {settings[wrong[0]]!r}, which is unknown")
+    return Adapter(
+        folder, str(raw.get("base_model_name_or_path") or ""), int(raw.get("r") or 0), settings
+    )
 
 
 def base_of(adapter: Adapter) -> str:
@@ -127,6 +138,19 @@ def base_name(folder: str | Path) -> str:
     return str(path)
 
 
+def sizes(adapter: Adapter) -> dict[str, int]:
+    """How many parameters an adapter has beside each part of the model, such as "language_model"."""
+    counts: Counter[str] = Counter()
+    try:
+        with safe_open(adapter.folder / WEIGHTS, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                part = key.removeprefix(PREFIX).partition(".")[0]
+                counts[part] += math.prod(file.get_slice(key).get_shape())
+    except SafetensorError as error:
+        raise CheckpointError(f"{adapter.folder / WEIGHTS} is broken: {error}") from error
+    return dict(counts)
+
+
 def put_on(model: Any, adapter: Adapter, name: str) -> None:
     """Put an adapter on a `Blip2`, for inference; strict. Its numbers stay in float32, as they were trained.
 
@@ -161,6 +185,8 @@ def put_on(model: Any, adapter: Adapter, name: str) -> None:
     if left:
         raise CheckpointError(f"{misfit}: peft finds no place for {', '.join(left[:3])}")
     model.requires_grad_(False)
+    for setting, value in adapter.settings.items():
+        setattr(model.config, setting, value)
 
 
 def _differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
@@ -212,7 +238,7 @@ def merge(model: Any) -> None:
                 "the base in full precision"
             )
         if uses[id(weight)] > 1:
-            raise CheckpointError(f"{path} shares its weight with another layer: it cannot take an adapter in")
+            raise CheckpointError(f"{path} shares its weight with another layer: no adapter goes into it")
     unpack(model)
     for path, layer in layers.items():
         parent, _, child = path.rpartition(".")

@@ -29,7 +29,7 @@ from blip2.novelty import Novelty, UnknownPictureError
 from blip2.novelty import read as read_novelty
 from blip2.packed import pack
 from blip2.placement import main_device, make_device_map, read_budget, spread
-from blip2.presets import DEFAULT, PRECISIONS, PRESETS
+from blip2.presets import PRECISIONS, PRESETS, Preset
 from blip2.processing import Processor
 from blip2.progress import quiet, watched
 from blip2.quantize import (
@@ -86,6 +86,17 @@ class Loaded:
     novelty: Novelty | None = None
     offloaded: bool = False
     adapter: Path | None = None
+
+    @property
+    def preset(self) -> Preset | None:
+        """The embedded or released checkpoint that this is, or that an adapter is on; None for others."""
+        return PRESETS.get(self.name.partition("+")[0] if self.adapter else self.name)
+
+    @property
+    def caption_prompt(self) -> str:
+        """What its captions go on from, as it was fine-tuned or released; "" for most."""
+        usual = self.preset.prompt if self.preset else ""
+        return str(getattr(self.model.config, "caption_prompt", usual))
 
     def check_known(self, image: ImageFeatures) -> None:
         """Refuse pictures, encoded by this model, of a kind that it does not know.

@@ -54,8 +54,8 @@ def save(
     """
     if model.wears_adapter:
         raise CheckpointError(
-            "this model wears an adapter, which has no place in a checkpoint: save it with peft, or fold it in "
-            "with blip2.adapters.merge"
+            "this model wears an adapter, which has no place in a checkpoint: save it with peft, or fold it "
+            "in with blip2.adapters.merge"
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise CheckpointError(

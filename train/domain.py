@@ -3,7 +3,8 @@
     python -m train.pretrain stage1-vitg --folder my/pictures
     python -m train.pretrain stage2-opt-2-7b --folder my/pictures --start-from runs/stage1-vitg-pictures/model
 
-The folder holds shards (docs/data.md), or a .csv or .jsonl beside its images, which is made into shards once.
+The folder holds shards (docs/data.md), or images and a .csv, a .jsonl or texts of their names, which are made
+into shards once.
 A `source.json` in it says how it is read: the fields of `train.datasets.Source`.
 """
 
@@ -36,7 +37,7 @@ def domain(recipe: R, folder: str | Path, source: Source | None = None) -> R:
 
     Args:
         recipe: of a stage, or of fine-tuning; what it starts from, its losses and its machines stay.
-        folder: shards, or a .csv or .jsonl with `image` and `caption` and the images.
+        folder: shards; or images, and a .csv or .jsonl with `image` and `caption` or a .txt beside each.
         source: how pictures and captions are read, by default as source.json in the folder says. Captions
             that tell left from right want `flip=0`; that count things or say where they are, `crop=1`.
 
@@ -77,22 +78,22 @@ def domain(recipe: R, folder: str | Path, source: Source | None = None) -> R:
 
 
 def _shards(folder: Path) -> Path:
-    """The folder itself, or the shards made of its table."""
+    """The folder itself, or the shards made of its table or texts."""
     if not folder.is_dir():
         raise RecipeError(f"there is no folder {folder}")
     made = folder / "shards"
     if not made.exists() and any(folder.glob("**/*.tar")):
         return folder
-    tables = sorted([*folder.glob("*.csv"), *folder.glob("*.jsonl")])
-    if len(tables) != 1:
-        found = ", ".join(path.name for path in tables) or "none"
-        raise RecipeError(f"{folder} needs shards (.tar), or one .csv or .jsonl; it has {found}")
     if not (made / ".nv-meta" / "dataset.yaml").exists():
         if distributed.promised() > 1:
-            raise RecipeError(f"run `python -m train.data prepare pairs {tables[0]} {made}` first, once")
+            raise RecipeError(f"run `python -m train.data prepare pairs {folder} {made}` first, once")
         from train.data import prepare  # energon takes seconds to import
+        from train.data.records import AnnotationError
 
-        prepare.own(tables[0], made, HELD_OUT, AT_MOST)
+        try:
+            prepare.own(folder, made, HELD_OUT, AT_MOST)
+        except AnnotationError as error:
+            raise RecipeError(f"no shards (.tar), nor what they are made of: {error}") from error
     return made
 
 

@@ -110,19 +110,29 @@ def run(recipe: Tuning, name: str = "custom", stop_requested: Callable[[], bool]
             say(f"the best weights are those of step {load_best(output, objective)}")
         trained: Any = objective.model
         if recipe.lora is not None:
+            _say_how_to_ask(recipe, trained)
             say(f"saved {save_adapter(trained, output / 'adapter')}")
             return result
         model, reader = finished(recipe, trained)
+        _say_how_to_ask(recipe, model)
         checkpoint.save(model, processor, output / "model")
         say(f"saved {output / 'model'}" + (f"\n{reader}" if reader else ""))
     return result
+
+
+def _say_how_to_ask(recipe: Tuning, model: Any) -> None:
+    """Write into the configuration what captions went on from, and that no caption stood before a question."""
+    if recipe.task == "caption":
+        model.config.caption_prompt = recipe.prompt
+    elif recipe.task == "vqa" and hasattr(model.config, "num_descriptions"):
+        model.config.num_descriptions = 0
 
 
 FLAGS = """Fine-tune a recipe; the same command goes on after a stop. Besides the recipe's own settings:
 --lora trains adapters beside the language model and nothing else (--rank --alpha --targets --qformer);
 --plan prints memory, speed, days and the command for some GPUs (--gpus --nodes --gpu-memory --gpu --mfu);
 --fetch downloads and checks the weights that the recipe starts from;
---folder FOLDER trains on your own pictures: shards, or a .csv or .jsonl of images and captions;
+--folder FOLDER trains on your own pictures: shards, a .csv or .jsonl, or a .txt beside each picture;
 --smoke runs it end to end on drawn scenes, from the embedded checkpoints, in about three minutes."""
 
 

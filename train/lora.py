@@ -1,13 +1,14 @@
 """LoRA (arXiv 2106.09685): small matrices beside a frozen model's own, the only thing that is trained.
 
 They go beside linear layers of the language model and, by choice, of the Q-Former; what is under them may be
-in float32, in 16 bits, or quantized to int8 or nf4. `save_adapter` writes what `blip2.load(..., adapter=)` and
-peft on transformers' own BLIP-2 read; `merge` folds it into the weights, for a checkpoint without adapters.
+in float32, in 16 bits, or quantized to int8 or nf4. `save_adapter` writes what `blip2.load` and peft, on
+transformers' own BLIP-2, read; `merge` folds it into the weights, for a checkpoint without adapters.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import math
 import re
 import shutil
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from blip2.adapters import CONFIG, PREFIX, WEIGHTS, base_name, import_peft, inject, merge
+from blip2.adapters import CONFIG, MANNERS, PREFIX, SETTINGS, WEIGHTS, base_name, import_peft, inject, merge
 from blip2.model import Blip2
 from blip2.packed import unpack
 from train.datasets import RecipeError
@@ -153,6 +154,9 @@ def share(model: Blip2) -> Share:
 def save_adapter(model: Blip2, folder: str | Path, base: str | None = None) -> Path:
     """Save the adapter that a model wears as peft does; all of it appears at once, or nothing.
 
+    How the model wants to be asked goes along, where its configuration says so: `num_descriptions`, 0 where
+    questions were trained without captions before them, and `caption_prompt`, what captions go on from.
+
     Args:
         model: wearing one.
         folder: a new name, an empty folder, or one that holds an adapter, which is replaced.
@@ -180,6 +184,9 @@ def save_adapter(model: Blip2, folder: str | Path, base: str | None = None) -> P
         config = copy.deepcopy(next(iter(model.peft_config.values())))
         config.base_model_name_or_path, config.inference_mode = base, True
         config.save_pretrained(str(fresh))
+        settings = {name: getattr(model.config, name) for name in SETTINGS if hasattr(model.config, name)}
+        if settings:
+            (fresh / MANNERS).write_text(json.dumps(settings) + "\n", "utf-8")
         (fresh / WEIGHTS).chmod((fresh / CONFIG).stat().st_mode)  # safetensors hides files from others
         if target.is_dir():
             old = fresh.with_name(f"{fresh.name}.old")
