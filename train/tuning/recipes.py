@@ -321,7 +321,7 @@ def _scenes(task: Literal["caption", "vqa", "retrieval"], start_from: str, batch
             probe=PROBES[task],
         ),
         output=f"runs/{task}-{start_from}",
-        max_text_length=48,
+        max_text_length=21,  # the longest caption
         execution=Execution(threads=1),
     )
 
