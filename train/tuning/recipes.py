@@ -299,7 +299,13 @@ def retrieval_vitg() -> Tuning:
 # --- the drawn world, on one CPU core ---
 
 
-def _scenes(task: Literal["caption", "vqa", "retrieval"], start_from: str, batch_size: int) -> Tuning:
+def _scenes(
+    task: Literal["caption", "vqa", "retrieval"],
+    start_from: str,
+    batch_size: int,
+    prompt: str = "",
+    stage1: str | None = None,
+) -> Tuning:
     """Learning rates and lengths are ours, chosen on validation scenes."""
     return Tuning(
         task=task,
@@ -321,6 +327,8 @@ def _scenes(task: Literal["caption", "vqa", "retrieval"], start_from: str, batch
             probe=PROBES[task],
         ),
         output=f"runs/{task}-{start_from}",
+        stage1=stage1,
+        prompt=prompt,
         max_text_length=21,  # the longest caption
         execution=Execution(threads=1),
     )
@@ -328,19 +336,17 @@ def _scenes(task: Literal["caption", "vqa", "retrieval"], start_from: str, batch
 
 def scenes_caption_opt() -> Tuning:
     """Captions of the drawn world that list everything, sizes too; with its OPT."""
-    return replace(_scenes("caption", "scenes-opt", 48), prompt="a photo of")
+    return _scenes("caption", "scenes-opt", 48, "a photo of")
 
 
 def scenes_vqa_opt() -> Tuning:
     """Questions about the drawn world with its OPT, read by the Q-Former, too."""
-    recipe = _scenes("vqa", "scenes-opt", 64)
-    return replace(recipe, stage1="scenes-itm", prompt="Question: {} Answer:")
+    return _scenes("vqa", "scenes-opt", 64, "Question: {} Answer:", "scenes-itm")
 
 
 def scenes_vqa_flan_t5() -> Tuning:
     """Questions about the drawn world with its Flan-T5, read by the Q-Former, too."""
-    recipe = _scenes("vqa", "scenes-flan-t5", 64)
-    return replace(recipe, stage1="scenes-itm", prompt="Question: {} Short answer:")
+    return _scenes("vqa", "scenes-flan-t5", 64, "Question: {} Short answer:", "scenes-itm")
 
 
 def scenes_retrieval() -> Tuning:
