@@ -329,13 +329,13 @@ def _scenes(
         output=f"runs/{task}-{start_from}",
         stage1=stage1,
         prompt=prompt,
-        max_text_length=21,  # the longest caption
+        max_text_length=30 if task == "caption" else 21,  # the longest
         execution=Execution(threads=1),
     )
 
 
 def scenes_caption_opt() -> Tuning:
-    """Captions of the drawn world that list everything, sizes too; with its OPT."""
+    """Captions of the drawn world that tell everything, in one way; with its OPT."""
     return _scenes("caption", "scenes-opt", 48, "a photo of")
 
 
