@@ -316,7 +316,7 @@ def _scenes(
             steps=800,
             learning_rate=3e-4,
             min_learning_rate=0.0,
-            warmup_steps=40,
+            warmup_steps=20,
             betas=(0.9, 0.98),
             layer_decay=0.9,
             clip_norm=1.0,
