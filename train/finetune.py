@@ -42,7 +42,7 @@ from train.tuning.start import finished, start
 
 
 def run(recipe: Tuning, name: str = "custom", stop_requested: Callable[[], bool] | None = None) -> Result:
-    """Fine-tune a recipe, or go on with it; the model is saved in `recipe.output`/model, an adapter in /adapter.
+    """Fine-tune a recipe, or go on with it; saved is `recipe.output`/model, or with LoRA its /adapter.
 
     Args:
         recipe: what to train.

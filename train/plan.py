@@ -94,7 +94,8 @@ class Plan:
         words = [f"torchrun --nproc-per-node {self.gpus}"]
         words += [f"--nnodes {self.nodes} --rdzv-backend c10d --rdzv-endpoint $HOST:29500"] * (self.nodes > 1)
         words += ["--standalone"] * (self.nodes == 1)
-        words += [f"-m {self.recipe.program} {self.name} --micro-batch-size {self.execution.micro_batch_size}"]
+        micro = self.execution.micro_batch_size
+        words += [f"-m {self.recipe.program} {self.name} --micro-batch-size {micro}"]
         words += ["--checkpointing"] * self.execution.checkpointing
         words += ["--shard-language-model"] * self.execution.shard_language_model
         if self.execution.language_precision in ("int8", "nf4"):

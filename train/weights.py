@@ -164,7 +164,8 @@ def _local(name: str) -> bool:
 def _named(recipe: Run) -> list[str]:
     """The sources of a recipe, each once; short names of encoders and released models are spelled out."""
     fields = ("start_from", "bert", "tokenizer", "language_model", "stage1")
-    named = dict.fromkeys(ENCODERS.get(name, name) for name in (getattr(recipe, f, None) for f in fields) if name)
+    found = (getattr(recipe, field, None) for field in fields)
+    named = dict.fromkeys(ENCODERS.get(name, name) for name in found if name)
     return [PRESETS[name].repo_id or name if name in PRESETS else name for name in named]
 
 

@@ -133,14 +133,18 @@ def visual_genome(path: Path, images: Path, part: str = "train") -> Iterator[Rec
 
 
 def visual_genome_questions(path: Path, images: Path, part: str = "train") -> Iterator[Record]:
-    """question_answers.json: all questions of an image in one record, as `vqa` has them, with one answer each."""
+    """question_answers.json: an image's questions in one record, as `vqa` has them, with an answer each."""
     data = _load(path)
     if not (isinstance(data, list) and data and "qas" in data[0]):
         raise AnnotationError(f"{path} is no list of images with questions: another kind of file")
     for image in data:
         number = image["id"] if "id" in image else image["image_id"]
         entries = [
-            {"question_id": qa["qa_id"], "question": qa["question"], "answers": [qa["answer"].rstrip(". ").lower()]}
+            {
+                "question_id": qa["qa_id"],
+                "question": qa["question"],
+                "answers": [qa["answer"].rstrip(". ").lower()],  # "Yellow."
+            }
             for qa in image["qas"]
         ]
         yield Record(

@@ -61,7 +61,7 @@ def captions_of(sample: Record) -> list[str]:
 
 
 def picture_of(sample: Record) -> str:
-    """What a picture goes by where several samples show it: `image_id` of its .json, else the sample's name."""
+    """What a picture that several samples show goes by: `image_id` of its .json, else the sample's name."""
     record = json.loads(sample["json"]) if "json" in sample else {}
     return str(record.get("image_id", sample["__key__"]))
 

@@ -43,7 +43,7 @@ CAPTIONS_EACH = 5  # of a drawn scene, in an epoch of retrieval; COCO's pictures
 
 
 def loaders(recipe: Tuning, processor: Processor) -> tuple[Callable[..., Loader], int]:
-    """Makes loaders of a split, of this process's rows or of all (`shared`); and how many batches to evaluate.
+    """Makes loaders of a split, of this process's rows or of all (`shared`); how many batches to evaluate.
 
     Batches hold what the objective takes, and for the probes `captions`, or `prompts`, `questions` and
     `answers`, a list of all that was answered to each.

@@ -111,7 +111,7 @@ class Tuning:
         if self.task == "vqa" and self.prompt.count("{}") != 1:
             raise RecipeError(f"prompt is {self.prompt!r}; one {{}} in it says where the question goes")
         if self.save == "best" and self.fit.probe is None:
-            raise RecipeError(f'save is "best", but fit.probe names no metric to tell by: {PROBES[self.task]}')
+            raise RecipeError(f'save is "best", but fit.probe names no metric: {PROBES[self.task]}')
         if self.fit.probe not in (None, PROBES[self.task]):
             raise RecipeError(f"fit.probe is {self.fit.probe!r}; {self.task} has {PROBES[self.task]}")
         if not 0 <= self.drop_path < 1:
@@ -127,8 +127,8 @@ class Tuning:
             )
         if self.lora is None and self.execution.language_precision in ("int8", "nf4"):
             raise RecipeError(
-                f"language_precision {self.execution.language_precision} goes with LoRA alone: add --lora, or "
-                "take bfloat16"
+                f"language_precision {self.execution.language_precision} goes with LoRA alone: add --lora, "
+                "or take bfloat16"
             )
         if self.lora is not None and (self.task == "retrieval" or self.stage1 or self.resolution):
             raise RecipeError(
@@ -321,7 +321,7 @@ def _scenes(task: Literal["caption", "vqa", "retrieval"], start_from: str, batch
             probe=PROBES[task],
         ),
         output=f"runs/{task}-{start_from}",
-        max_text_length=48,
+        max_text_length=21,  # the longest caption
         execution=Execution(threads=1),
     )
 

@@ -61,8 +61,8 @@ def load(recipe: Tuning) -> tuple[Model, Processor]:
     wanted = Blip2Representation if recipe.stage == 1 else Blip2
     if not isinstance(model, wanted):
         raise RecipeError(
-            f"{recipe.start_from} is a stage-{3 - recipe.stage} model; {recipe.task} starts from one of stage "
-            f"{recipe.stage}"
+            f"{recipe.start_from} is a stage-{3 - recipe.stage} model; {recipe.task} starts from one of "
+            f"stage {recipe.stage}"
         )
     for note in loaded.notes:
         say(note)
