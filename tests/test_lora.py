@@ -269,6 +269,23 @@ def test_generation_and_static_steps_see_the_adapter(trained):
     assert answers[0] == answers[1]
 
 
+def test_a_compiled_step_takes_the_adapter(trained, monkeypatch):
+    from test_static import turns, use_static
+    from torch._dynamo.utils import counters
+
+    base, folder = trained("opt")
+    worn = load(base, device="cpu", adapter=folder)
+    image = worn.model.encode_image(tiny.pixels(1))
+    expected, _ = turns(worn.model, worn.processor, image)
+    plain = load(base, device="cpu")
+    assert turns(plain.model, plain.processor, plain.model.encode_image(tiny.pixels(1)))[0] != expected
+    use_static(monkeypatch, "eager")  # as a GPU does: any break in the graph would be an error
+    torch._dynamo.reset()
+    counters.clear()
+    assert turns(worn.model, worn.processor, image)[0] == expected
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 # --- folders ---
 
 
