@@ -395,6 +395,14 @@ def test_questions_in_the_official_layout(tmp_path):
     assert len(held) == len(set(held)) == 4
 
 
+def test_a_fifth_of_visual_genome_comes_up_in_an_epoch(tmp_path):
+    recipe = dataclasses.replace(RECIPES["scenes-vqa-opt"](), data=questions(tmp_path), batch_size=5)
+    load, _ = data.loaders(recipe, tuned.processor("instruct"))
+    keys = [key for batch, _ in zip(load(), range(20), strict=False) for key in batch["keys"]]
+    genome = [key for key in keys if "what is it" in key]  # 8 questions of VQAv2 and 2 of 10 an epoch
+    assert len(genome) == 2 * len(keys) // 10 and len(set(genome)) > 4
+
+
 def test_files_that_are_no_questions(tmp_path):
     made = questions(tmp_path)
     swapped = dataclasses.replace(made, questions=made.annotations)
@@ -408,6 +416,8 @@ def test_files_that_are_no_questions(tmp_path):
         data.read_questions(questions(tmp_path, visual_genome=None, visual_genome_images=None, num_validation=6))
     recipe = dataclasses.replace(RECIPES["scenes-vqa-opt"](), data=made, batch_size=4)
     assert recipe.missing() == []
+    alone = dataclasses.replace(made, visual_genome=None, visual_genome_images=None)
+    recipe = dataclasses.replace(recipe, data=alone)
     for path in tmp_path.glob("train2014/*"):
         path.unlink()
     with pytest.raises(DataError, match=r"the picture of the question 'what color.* is not there: .*COCO_train2014"):
