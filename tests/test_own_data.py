@@ -162,7 +162,13 @@ def test_every_bad_row_is_named(table, tmp_path, capsys):
 
 
 def test_bad_json_and_bad_headers(table):
-    lines = ['{"image": "0.png", "caption": "a"}', "{", "[]", '{"image": 3}', '{"image": "1.png", "split": [1]}']
+    lines = [
+        '{"image": "0.png", "caption": "a"}',
+        "{",
+        "[]",
+        '{"image": 3}',
+        '{"image": "1.png", "split": [1]}',
+    ]
     lines += ['{"image": "1.png", "captions": ["a", 2]}', '{"image": "1.png", "caption": 5}', ""]
     found = check(table("\n".join(lines), "t.jsonl"))
     assert reasons(found) == [(f"t.jsonl, line {line}", "wrong columns") for line in range(2, 8)]
@@ -214,7 +220,9 @@ def run(line, *, short=()):
 
 def test_the_guides_lines_are_understood():
     """Those that are not run: flags exist."""
-    lines = [line for _, language, body in BLOCK.findall(GUIDE) if language == "bash" for line in body.splitlines()]
+    lines = [
+        line for _, language, body in BLOCK.findall(GUIDE) if language == "bash" for line in body.splitlines()
+    ]
     served = [shlex.split(line)[2:] for line in lines if line.startswith("python app.py")]
     assert served and all(blip2.ui.serve._parser().parse_args(words).adapter for words in served)
     assert len([line for line in lines if line.startswith("python -m train.finetune")]) >= 3
