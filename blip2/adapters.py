@@ -77,9 +77,7 @@ def read_adapter(folder: str | Path) -> Adapter:
     settings = read_json(folder / MANNERS) if (folder / MANNERS).is_file() else {}
     if wrong := [name for name, value in settings.items() if type(value) is not SETTINGS.get(name)]:
         raise CheckpointError(f"{folder / MANNERS} says {wrong[0]} {settings[wrong[0]]!r}, which is unknown")
-    return Adapter(
-        folder, str(raw.get("base_model_name_or_path") or ""), int(raw.get("r") or 0), settings
-    )
+    return Adapter(folder, str(raw.get("base_model_name_or_path") or ""), int(raw.get("r") or 0), settings)
 
 
 def base_of(adapter: Adapter) -> str:
@@ -138,7 +136,7 @@ def base_name(folder: str | Path) -> str:
     return str(path)
 
 
-def sizes(adapter: Adapter) -> dict[str, int]:
+def num_parameters(adapter: Adapter) -> dict[str, int]:
     """How many parameters an adapter has beside each part of the model, such as "language_model"."""
     counts: Counter[str] = Counter()
     try:

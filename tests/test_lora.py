@@ -102,7 +102,7 @@ def test_only_adapters_learn_and_use_dropout(bases, family):
     model = load(bases(family), device="cpu").model
     before = logits(model, family)
     wear(model, LoRA(rank=2, dropout=0.5))
-    assert torch.allclose(logits(model.eval(), family), before, atol=1e-6)  # B is zero at first
+    assert torch.allclose(logits(model.eval(), family), before, atol=1e-4)  # B is zero at first
     objective = Stage2(model)  # it freezes parts, too, and lets others learn
     learn = [name for name, parameter in objective.named_parameters() if parameter.requires_grad]
     asks = {"opt": ("q_proj", "v_proj"), "t5": (".q.", ".v.")}[family]
@@ -161,7 +161,7 @@ def test_steps_over_a_base_in_few_bits(bases, family, precision, tmp_path):
     ours, theirs = logits(model.eval(), family), logits(again, family)
     assert (ours - theirs).norm() / ours.norm() < (0.02 if precision == "bfloat16" else 0.05)
     if precision != "bfloat16":
-        with pytest.raises(CheckpointError, match="in 8 or 4 bits.*load the base in full precision"):
+        with pytest.raises(CheckpointError, match=r"in 8 or 4 bits.*load the base in full precision"):
             merge(again)
 
 
@@ -173,7 +173,7 @@ def test_what_cannot_be_worn(bases):
         with pytest.raises(RecipeError, match="LoRA's"):
             LoRA(**wrong)
     model = load(bases("opt"), device="cpu").model
-    with pytest.raises(RecipeError, match="no linear layer q_prj or lm_head; .*fc1, fc2, k_proj"):
+    with pytest.raises(RecipeError, match=r"no linear layer q_prj or lm_head; .*fc1, fc2, k_proj"):
         wear(model, LoRA(targets=("q_prj", "lm_head", "v_proj")))
     with pytest.raises(RecipeError, match="wears no adapter"):
         save_adapter(model, "anywhere")
@@ -269,6 +269,23 @@ def test_generation_and_static_steps_see_the_adapter(trained):
     assert answers[0] == answers[1]
 
 
+def test_a_compiled_step_takes_the_adapter(trained, monkeypatch):
+    from test_static import turns, use_static
+    from torch._dynamo.utils import counters
+
+    base, folder = trained("opt")
+    worn = load(base, device="cpu", adapter=folder)
+    image = worn.model.encode_image(tiny.pixels(1))
+    expected, _ = turns(worn.model, worn.processor, image)
+    plain = load(base, device="cpu")
+    assert turns(plain.model, plain.processor, plain.model.encode_image(tiny.pixels(1)))[0] != expected
+    use_static(monkeypatch, "eager")  # as a GPU does: any break in the graph would be an error
+    torch._dynamo.reset()
+    counters.clear()
+    assert turns(worn.model, worn.processor, image)[0] == expected
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 # --- folders ---
 
 
@@ -297,7 +314,9 @@ def test_a_folder_names_its_base_and_how_to_ask(bases, tmp_path):
 
 def test_names_that_travel(assets, tmp_path):
     assert base_name(assets / "scenes-opt") == "scenes-opt"
-    assert base_name("/cache/models--Salesforce--blip2-opt-2.7b/snapshots/0a1b") == "Salesforce/blip2-opt-2.7b"
+    assert (
+        base_name("/cache/models--Salesforce--blip2-opt-2.7b/snapshots/0a1b") == "Salesforce/blip2-opt-2.7b"
+    )
     assert base_name(tmp_path) == str(tmp_path.resolve())
 
 
@@ -313,7 +332,7 @@ def test_names_that_travel(assets, tmp_path):
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "save the adapter again"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 30), "is broken"),
         (lambda folder: (folder / "blip2.json").write_text('{"num_descriptions": "a"}'), "is unknown"),
-        (lambda folder: change(folder, r=5), "16 of its tensors differ: .* instead of"),
+        (lambda folder: change(folder, r=5), "28 of its tensors differ: .* instead of"),
         (lambda folder: change(folder, target_modules="nothing"), "does not fit tiny-opt"),
     ],
 )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Blip2Config
 
-from blip2.adapters import Adapter, is_adapter, merge, read_adapter, sizes
+from blip2.adapters import Adapter, is_adapter, merge, num_parameters, read_adapter
 from blip2.base import Blip2Base
 from blip2.checkpoint import is_available, load, locate, save
 from blip2.checks import count_parts
@@ -143,7 +143,7 @@ def describe(args: argparse.Namespace, console: Console) -> int:
 
 def _adapter_document(adapter: Adapter, parts: dict[str, int]) -> dict[str, Any]:
     """An adapter's size, and which share of the language model's parameters it has beside them."""
-    number, beside = sizes(adapter), parts["language model"]
+    number, beside = num_parameters(adapter), parts["language model"]
     return {
         "folder": str(adapter.folder),
         "rank": adapter.rank,
@@ -223,7 +223,8 @@ def _description(document: dict[str, Any]) -> list[str]:
     if worn := document.get("adapter"):
         head.append(
             f"with the LoRA adapter {worn['folder']} of rank {worn['rank']}: "
-            f"{worn['parameters']:,} parameters; those beside the language model are {worn['percent']:.2f} % of it"
+            f"{worn['parameters']:,} parameters; those beside the language model are "
+            f"{worn['percent']:.2f} % of it"
         )
     head += [document[name] for name in ("license", "readers") if document.get(name)]
     parts = [*document["parts"].items(), ("all", document["parameters"])]

@@ -122,9 +122,9 @@ def card(name: str, local: bool) -> str:
         base, precision = name, FULL
     preset = find_preset(base)
     if worn := adapter_of(base):
-        from blip2.adapters import sizes
+        from blip2.adapters import num_parameters
 
-        size = f"LoRA of rank {worn.rank}, {sum(sizes(worn).values()):,} parameters"
+        size = f"LoRA of rank {worn.rank}, {sum(num_parameters(worn).values()):,} parameters"
         facts = [("Adapter", size), ("Trained on", Path(worn.base).name)]
         return _card(worn.name, [*facts, *_chosen(precision), *here], "")
     if preset is None:

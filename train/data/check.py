@@ -51,7 +51,14 @@ class Checked:
     pictures: int = 0
     """That are named, or there."""
     findings: list[Finding] = field(default_factory=list)
-    """In the order of the rows."""
+    """In the order of the rows, or of the pictures."""
+    places: dict[str, int] = field(default_factory=dict)
+    """Rows, or pictures, and their order."""
+
+    def at(self, where: str) -> str:
+        """Come to a row, or to a picture."""
+        self.places.setdefault(where, len(self.places))
+        return where
 
     def add(self, where: str, reason: str, what: str) -> None:
         """Note what is wrong somewhere."""
@@ -98,6 +105,7 @@ def check(path: Path, images: Path | None = None, *, longest: int = LONGEST, wor
         for name, fault in tqdm(zip(users, opened, strict=True), "pictures", len(users), disable=None):
             if fault is not None:
                 found.add(users[name], *fault)
+    found.findings.sort(key=lambda finding: found.places[finding.where])
     return found
 
 
@@ -108,10 +116,10 @@ def _read_table(table: Path, found: Checked, longest: int) -> dict[str, str]:
     known: dict[tuple[str, str], str] = {}
     number = 0
     for line, row in records.read_rows(table):
-        where, number = f"{table.name}, line {line}", number + 1
+        where, number = found.at(f"{table.name}, line {line}"), number + 1
         if number == 1 and table.suffix == ".csv" and not (row.keys() & IMAGE and row.keys() & CAPTION):
             what = f"they are {[*row]}; image (or file) and caption (or captions) are needed"
-            found.add(f"{table.name}, line 1", "wrong columns", what)
+            found.add(found.at(f"{table.name}, line 1"), "wrong columns", what)
             return users
         try:
             name, captions, part = records.read_row(row)
@@ -136,7 +144,7 @@ def _read_texts(folder: Path, found: Checked, longest: int) -> dict[str, str]:
         raise AnnotationError(f"{error}; nor has it a .csv or .jsonl") from error
     owners: dict[Path, str] = {}
     for picture in pictures:
-        text = records.text_of(folder / picture)
+        text = records.text_of(folder / found.at(picture))
         if text is None:
             found.add(picture, "no caption", "neither a .txt nor a .caption lies beside it")
             continue

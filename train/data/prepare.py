@@ -155,8 +155,9 @@ def pairs(
     images: Path | None = None,
     writing: tyro.conf.OmitArgPrefixes[Writing] = Writing(),
 ) -> None:
-    """Your own: a .csv or .jsonl with `image`, `caption` (or `captions`, a JSON list) and perhaps `split`; or a
-    folder, with one of them in it or a .txt beside each picture.
+    """Your own: a .csv or .jsonl with `image`, `caption` (or `captions`, a JSON list) and perhaps `split`.
+
+    Or a folder, with one of them in it or a .txt beside each picture.
 
     Args:
         table: the file, or the folder.
