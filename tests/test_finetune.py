@@ -586,7 +586,7 @@ def test_scenes_give_each_task_its_text():
         assert batches == 1 and len(next(iter(load("validation")))["keys"]) == 4
         assert next(iter(load("validation")))["keys"][0].startswith("validation/")
     assert all("small" in text or "large" in text for text in made["caption"]["captions"])
-    assert any(" is above " in text or " of the " in text for text in made["caption"]["captions"])
+    assert any(". " in text for text in made["caption"]["captions"])
     assert all(len(answers) == 1 for answers in made["vqa"]["answers"])
     assert "qformer_input_ids" in made["vqa"] and "qformer_input_ids" not in made["retrieval"]
 
