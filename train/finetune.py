@@ -121,7 +121,7 @@ def run(recipe: Tuning, name: str = "custom", stop_requested: Callable[[], bool]
 
 
 def _say_how_to_ask(recipe: Tuning, model: Any) -> None:
-    """Write into the configuration what captions went on from; no caption stood before a question."""
+    """Note in the configuration what captions went on from, and that no caption stood before a question."""
     if recipe.task == "caption":
         model.config.caption_prompt = recipe.prompt
     elif recipe.task == "vqa" and hasattr(model.config, "num_descriptions"):

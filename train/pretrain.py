@@ -284,9 +284,7 @@ FLAGS = """Train a recipe; the same command goes on after a stop. Besides the re
 --smoke runs it end to end on drawn scenes, with small parts, in about five minutes."""
 
 
-def _take_flags(
-    arguments: list[str], changes: Iterable[str]
-) -> tuple[argparse.Namespace, list[str]]:
+def _take_flags(arguments: list[str], changes: Iterable[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("plan", "fetch", *changes):
         parser.add_argument(f"--{name}", action="store_true")

@@ -34,7 +34,7 @@ from train.datasets import RecipeError, Scenes, Shards
 from train.loader import Batch, DataError, IndexLoader, Loader
 from train.pretrain import EVALUATED, EVALUATED_BATCHES
 from train.scenes.encoder import normalize
-from train.scenes.text import KINDS, caption, list_caption, question, telling_caption
+from train.scenes.text import KINDS, caption, full_caption, question, telling_caption
 from train.scenes.world import Scene, render, sample
 from train.tuning.recipes import Questions, Tuning
 from train.tuning.tokens import asked, prompted
@@ -117,8 +117,8 @@ def _scenes(
 
 
 def _caption(recipe: Tuning, data: Scenes, scene: Scene, words: random.Random) -> str:
-    if recipe.task == "caption":  # one way to say it, as a data set of captions has: everything, and its size
-        return list_caption(scene.things, words, size_chance=1.0, photo_chance=0.0)
+    if recipe.task == "caption":
+        return full_caption(scene, words)
     return telling_caption(scene, words) if data.telling else caption(scene, words)
 
 

@@ -299,7 +299,13 @@ def retrieval_vitg() -> Tuning:
 # --- the drawn world, on one CPU core ---
 
 
-def _scenes(task: Literal["caption", "vqa", "retrieval"], start_from: str, batch_size: int) -> Tuning:
+def _scenes(
+    task: Literal["caption", "vqa", "retrieval"],
+    start_from: str,
+    batch_size: int,
+    prompt: str = "",
+    stage1: str | None = None,
+) -> Tuning:
     """Learning rates and lengths are ours, chosen on validation scenes."""
     return Tuning(
         task=task,
@@ -310,7 +316,7 @@ def _scenes(task: Literal["caption", "vqa", "retrieval"], start_from: str, batch
             steps=800,
             learning_rate=3e-4,
             min_learning_rate=0.0,
-            warmup_steps=40,
+            warmup_steps=20,
             betas=(0.9, 0.98),
             layer_decay=0.9,
             clip_norm=1.0,
@@ -321,26 +327,26 @@ def _scenes(task: Literal["caption", "vqa", "retrieval"], start_from: str, batch
             probe=PROBES[task],
         ),
         output=f"runs/{task}-{start_from}",
-        max_text_length=21,  # the longest caption
+        stage1=stage1,
+        prompt=prompt,
+        max_text_length=30 if task == "caption" else 21,  # the longest
         execution=Execution(threads=1),
     )
 
 
 def scenes_caption_opt() -> Tuning:
-    """Captions of the drawn world that list everything, sizes too; with its OPT."""
-    return replace(_scenes("caption", "scenes-opt", 48), prompt="a photo of")
+    """Captions of the drawn world that tell everything, in one way; with its OPT."""
+    return _scenes("caption", "scenes-opt", 48, "a photo of")
 
 
 def scenes_vqa_opt() -> Tuning:
     """Questions about the drawn world with its OPT, read by the Q-Former, too."""
-    recipe = _scenes("vqa", "scenes-opt", 64)
-    return replace(recipe, stage1="scenes-itm", prompt="Question: {} Answer:")
+    return _scenes("vqa", "scenes-opt", 64, "Question: {} Answer:", "scenes-itm")
 
 
 def scenes_vqa_flan_t5() -> Tuning:
     """Questions about the drawn world with its Flan-T5, read by the Q-Former, too."""
-    recipe = _scenes("vqa", "scenes-flan-t5", 64)
-    return replace(recipe, stage1="scenes-itm", prompt="Question: {} Short answer:")
+    return _scenes("vqa", "scenes-flan-t5", 64, "Question: {} Short answer:", "scenes-itm")
 
 
 def scenes_retrieval() -> Tuning:
