@@ -25,6 +25,7 @@ from train.lora import LoRA, save_adapter, share, wear
 from train.objectives import Stage2
 
 QUESTION = "what color is the circle?"
+LONG = pytest.mark.long
 WIDE = {  # bitsandbytes quantizes in tiles of 32 x 64
     "opt": {"hidden_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 64},
     "t5": {"d_model": 64, "d_kv": 16, "d_ff": 128},
@@ -127,12 +128,12 @@ def test_the_share_is_counted(bases):
     assert f"{found.language:,} parameters" in str(found) and "beside the Q-Former" in str(found)
 
 
-FEW_BITS = [("opt", "nf4"), ("t5", "int8")]
-MORE = [("opt", "int8"), ("t5", "nf4"), ("opt", "bfloat16"), ("t5", "bfloat16")]
+FEW_BITS = [("opt", "nf4")]
+MORE = [("opt", "int8"), ("t5", "int8"), ("t5", "nf4"), ("opt", "bfloat16"), ("t5", "bfloat16")]
 
 
 @pytest.mark.parametrize(
-    ("family", "precision"), [*FEW_BITS, *(pytest.param(*case, marks=pytest.mark.long) for case in MORE)]
+    ("family", "precision"), [*FEW_BITS, *(pytest.param(*case, marks=LONG) for case in MORE)]
 )
 def test_steps_over_a_base_in_few_bits(bases, family, precision, tmp_path):
     pytest.importorskip("bitsandbytes")
@@ -192,7 +193,7 @@ def test_what_cannot_be_worn(bases):
 # --- the same everywhere ---
 
 
-@pytest.mark.parametrize("family", ["opt", "t5", "instruct"])
+@pytest.mark.parametrize("family", ["opt", "t5", pytest.param("instruct", marks=LONG)])
 def test_plain_peft_on_plain_transformers(trained, family):
     base, folder = trained(family)
     ours = load(base, device="cpu", adapter=folder)
@@ -213,7 +214,7 @@ def test_plain_peft_on_plain_transformers(trained, family):
     assert ours.name == f"tiny-{family}+{family}" and ours.adapter == folder and not ours.notes
 
 
-@pytest.mark.parametrize("family", ["opt", "t5", "instruct"])
+@pytest.mark.parametrize("family", ["opt", *(pytest.param(f, marks=LONG) for f in ("t5", "instruct"))])
 def test_merged_is_the_same_and_is_read_by_transformers(trained, family, tmp_path, capsys):
     base, folder = trained(family)
     worn = load(base, device="cpu", adapter=folder)
@@ -274,7 +275,7 @@ def test_generation_and_static_steps_see_the_adapter(trained):
     assert answers[0] == answers[1]
 
 
-@pytest.mark.long
+@LONG
 def test_a_compiled_step_takes_the_adapter(trained, monkeypatch):
     from test_static import turns, use_static
     from torch._dynamo.utils import counters
