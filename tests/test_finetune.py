@@ -481,7 +481,11 @@ def options(folder, **changes):
 
 @pytest.mark.parametrize(
     "name",
-    ["scenes-caption-opt", "scenes-vqa-opt", "scenes-vqa-flan-t5", "scenes-retrieval"],
+    [
+        "scenes-vqa-opt",
+        *(pytest.param(f"scenes-{rest}", marks=pytest.mark.long) for rest in ("caption-opt", "vqa-flan-t5")),
+        pytest.param("scenes-retrieval", marks=pytest.mark.long),
+    ],
 )
 def test_command(name, models, tmp_path):
     recipe = RECIPES[name]()
@@ -504,6 +508,7 @@ def test_command(name, models, tmp_path):
             assert torch.equal(loaded.model.language_model.state_dict()[key], value), key
 
 
+@pytest.mark.long
 def test_lora_by_command(models, tmp_path):
     wanted = {
         "start-from": models / "scenes-opt",
