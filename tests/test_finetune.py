@@ -205,7 +205,7 @@ def test_two_processes_train_as_one(tmp_path):
     fit(alone, tuned.loader("retrieval", number=6), config, tmp_path / "alone")
     for seen in run_pair(work, tmp_path):
         for name, value in seen.items():
-            if not name.endswith("key.bias"):  # their gradient is zero but for rounding, which Adam blows up
+            if not name.endswith(("key.bias", "qkv.bias")):  # keys' gradient is rounding, which Adam blows up
                 assert torch.allclose(value, alone.get_parameter(name), atol=2e-4), name
 
 
@@ -481,7 +481,11 @@ def options(folder, **changes):
 
 @pytest.mark.parametrize(
     "name",
-    ["scenes-caption-opt", "scenes-vqa-opt", "scenes-vqa-flan-t5", "scenes-retrieval"],
+    [
+        "scenes-vqa-opt",
+        *(pytest.param(f"scenes-{rest}", marks=pytest.mark.long) for rest in ("caption-opt", "vqa-flan-t5")),
+        pytest.param("scenes-retrieval", marks=pytest.mark.long),
+    ],
 )
 def test_command(name, models, tmp_path):
     recipe = RECIPES[name]()
@@ -504,6 +508,7 @@ def test_command(name, models, tmp_path):
             assert torch.equal(loaded.model.language_model.state_dict()[key], value), key
 
 
+@pytest.mark.long
 def test_lora_by_command(models, tmp_path):
     wanted = {
         "start-from": models / "scenes-opt",
