@@ -16,6 +16,7 @@ import blip2
 from blip2.vision import interpolate_positions
 from train import finetune, state
 from train.datasets import RecipeError, Scenes
+from train.domain import domain
 from train.engine import FitConfig, _backward, fit, make_accelerator
 from train.loader import DataError
 from train.objectives import Retrieval, Stage2
@@ -204,7 +205,7 @@ def test_two_processes_train_as_one(tmp_path):
     fit(alone, tuned.loader("retrieval", number=6), config, tmp_path / "alone")
     for seen in run_pair(work, tmp_path):
         for name, value in seen.items():
-            if not name.endswith("key.bias"):  # their gradient is zero but for rounding, which Adam blows up
+            if not name.endswith(("key.bias", "qkv.bias")):  # keys' gradient is rounding, which Adam blows up
                 assert torch.allclose(value, alone.get_parameter(name), atol=2e-4), name
 
 
@@ -480,7 +481,11 @@ def options(folder, **changes):
 
 @pytest.mark.parametrize(
     "name",
-    ["scenes-caption-opt", "scenes-vqa-opt", "scenes-vqa-flan-t5", "scenes-retrieval"],
+    [
+        "scenes-vqa-opt",
+        *(pytest.param(f"scenes-{rest}", marks=pytest.mark.long) for rest in ("caption-opt", "vqa-flan-t5")),
+        pytest.param("scenes-retrieval", marks=pytest.mark.long),
+    ],
 )
 def test_command(name, models, tmp_path):
     recipe = RECIPES[name]()
@@ -503,6 +508,7 @@ def test_command(name, models, tmp_path):
             assert torch.equal(loaded.model.language_model.state_dict()[key], value), key
 
 
+@pytest.mark.long
 def test_lora_by_command(models, tmp_path):
     wanted = {
         "start-from": models / "scenes-opt",
@@ -585,6 +591,54 @@ def test_scenes_give_each_task_its_text():
         assert batches == 1 and len(next(iter(load("validation")))["keys"]) == 4
         assert next(iter(load("validation")))["keys"][0].startswith("validation/")
     assert all("small" in text or "large" in text for text in made["caption"]["captions"])
-    assert any(" is above " in text or " of the " in text for text in made["caption"]["captions"])
+    assert any(". " in text for text in made["caption"]["captions"])
     assert all(len(answers) == 1 for answers in made["vqa"]["answers"])
     assert "qformer_input_ids" in made["vqa"] and "qformer_input_ids" not in made["retrieval"]
+
+
+def test_frozen_parts_are_saved_as_they_were_stored(models):
+    """The language model was held in bfloat16; what is saved has all its digits, and what was trained."""
+    recipe = dataclasses.replace(
+        RECIPES["scenes-caption-opt"](), start_from=str(models / "scenes-opt"),
+        execution=recipes.Execution(language_precision="bfloat16"),
+    )  # fmt: skip
+    made, _ = start.start(recipe)
+    assert {p.dtype for p in made.model.language_model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in made.model.parameters() if p.requires_grad} == {torch.float32}
+    with torch.no_grad():
+        made.model.query_tokens.add_(1)
+    model, reader = start.finished(recipe, made.model)
+    stored = blip2.load(models / "scenes-opt", device="cpu").model
+    for key, value in stored.language_model.state_dict().items():
+        assert torch.equal(model.language_model.state_dict()[key], value), key
+    assert torch.equal(model.query_tokens, stored.query_tokens + 1) and reader == ""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["scenes-caption-opt", "scenes-retrieval"])
+def test_a_folder_of_ones_own(name, models, tmp_path):
+    """Pictures with two captions each in a table; batches name the picture, for soft targets."""
+    from PIL import Image
+
+    from train.data.samples import picture_of
+
+    folder, lines = tmp_path / "own", ["image,caption"]
+    folder.mkdir()
+    for number in range(44):
+        Image.new("RGB", (40, 30), (5 * number, 0, 200)).save(folder / f"{number}.png")
+        lines += [f"{number}.png,a red circle", f"{number}.png,two dog"]
+    (folder / "own.csv").write_text("\n".join(lines) + "\n")
+    recipe = RECIPES[name]()
+    wanted = options(tmp_path / "run", **{"start-from": models / recipe.start_from})
+    wanted = [word for word in wanted if not word.startswith("--num-")]
+    assert finetune.main([name, "--folder", str(folder), *wanted]) == 0
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert f"eval/{recipe.fit.probe}" in last
+    sample = {"__key__": "4_1", "txt": b"a dog"}
+    assert picture_of(sample) == "4_1" and picture_of({**sample, "json": b'{"image_id": 4}'}) == "4"
+    if name == "scenes-retrieval":
+        config = json.loads((tmp_path / "run" / "config.json").read_text())
+        made = dataclasses.replace(recipe, data=domain(recipe, folder).data, batch_size=8)
+        assert config["save"] == "best" and config["fit"]["probe"] == "retrieval"
+        batch = next(iter(data.loaders(made, tuned.processor("retrieval"))[0]()))
+        assert len(batch["images"]) == 8 and all("/0000" in image for image in batch["images"])

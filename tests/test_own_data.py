@@ -155,7 +155,7 @@ def test_every_bad_row_is_named(table, tmp_path, capsys):
     out = capsys.readouterr().out.splitlines()
     assert out[1] == "captions.csv, line 4: empty caption: nothing is said of 1.png"
     assert "more cells than the header" in out[2] and "split is 'dev'" in out[7]
-    assert out[-1].startswith("6 captions of 5 pictures; wrong: 3 wrong columns, 1 empty caption")
+    assert out[-1].startswith("6 captions of 5 pictures; wrong: 3 wrong columns, 1 missing picture")
     assert data.main(["prepare", "pairs", str(path), str(tmp_path / "out"), "--workers", "1"]) == 2
     assert "line 5: 1 more cells than the header has" in (err := capsys.readouterr().err)
     assert f"check {path}` names all" in err and not (tmp_path / "out").exists()

@@ -106,7 +106,7 @@ def wear(model: Blip2, lora: LoRA) -> None:
             # on some CPUs bitsandbytes lays 4 bits out anew when nothing is trained, as in an evaluation
             # between steps; no gradient passes that layout, so none may be used, and `state_dict` undoes it
             module.state_dict()
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False
 
 
 def _pattern(model: Blip2, lora: LoRA) -> str:

@@ -236,16 +236,24 @@ def telling_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def full_caption(scene: Scene, rng: random.Random) -> str:
-    """All the things with their sizes, then where one is from another: a way of telling that no other has.
+    """All the things with their sizes, and in a second sentence where one is from another.
 
-    Fine-tuning teaches it, as COCO's captions are of one kind; 29 tokens at most.
+    No other caption is so long; fine-tuning teaches it, as all of COCO's captions are of one kind.
     """
     text = list_caption(scene.things, rng, size_chance=1.0, photo_chance=0.0)
     pairs = clear_pairs(scene.things)
     if not pairs:
         return text
-    a, b = rng.choice(pairs)
-    return f"{text}, the {full_name(a, False)} is {relation(a, b)} the {full_name(b, False)}"
+    return f"{text}. {relation_caption(*rng.choice(pairs))}"
+
+
+def keywords(scene: Scene, rng: random.Random) -> str:
+    """What one types to find the picture: every thing, noun first, in any order: "ring red small star ...".
+
+    Fine-tuning for retrieval learns to read it: in captions the noun comes last, and things in their order.
+    """
+    things = rng.sample(scene.things, len(scene.things))
+    return " ".join(f"{thing.shape} {thing.color} {thing.size}" for thing in things)
 
 
 def caption(scene: Scene, rng: random.Random) -> str:

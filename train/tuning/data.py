@@ -34,7 +34,7 @@ from train.datasets import RecipeError, Scenes, Shards
 from train.loader import Batch, DataError, IndexLoader, Loader
 from train.pretrain import EVALUATED, EVALUATED_BATCHES
 from train.scenes.encoder import normalize
-from train.scenes.text import KINDS, caption, full_caption, question, telling_caption
+from train.scenes.text import KINDS, full_caption, keywords, question
 from train.scenes.world import Scene, render, sample
 from train.tuning.recipes import Questions, Tuning
 from train.tuning.tokens import asked, prompted
@@ -103,7 +103,8 @@ def _scenes(
             text = _answering(recipe, processor, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
             text["answers"] = [[answer] for _, answer in pairs]
         else:
-            said = [_caption(recipe, data, scene, words) for scene in drawn]
+            say = keywords if recipe.task == "retrieval" else full_caption
+            said = [say(scene, words) for scene in drawn]
             text = {**tokenize(said, generator), "captions": said}
         names = [f"{split}/{index // repeats}" for index in indices]
         shown = normalize(torch.from_numpy(pixels), processor.mean, processor.std)
@@ -114,12 +115,6 @@ def _scenes(
     rows = recipe.batch_size if training else min(recipe.batch_size, data.num_validation)
     seed = recipe.fit.seed if training else 0
     return IndexLoader(number, rows // world, fetch, seed=seed, rank=rank, world_size=world)
-
-
-def _caption(recipe: Tuning, data: Scenes, scene: Scene, words: random.Random) -> str:
-    if recipe.task == "caption":
-        return full_caption(scene, words)
-    return telling_caption(scene, words) if data.telling else caption(scene, words)
 
 
 def _question(scene: Scene, words: random.Random) -> tuple[str, str]:

@@ -310,7 +310,7 @@ def _scenes(
     return Tuning(
         task=task,
         start_from=start_from,
-        data=Scenes(num_scenes=20_000, num_validation=192, telling=task == "retrieval"),
+        data=Scenes(num_scenes=20_000, num_validation=192),
         batch_size=batch_size,
         fit=FitConfig(
             steps=800,
@@ -350,7 +350,7 @@ def scenes_vqa_flan_t5() -> Tuning:
 
 
 def scenes_retrieval() -> Tuning:
-    """Retrieval of drawn scenes, several captions of each."""
+    """Retrieval of drawn scenes by keywords, five captions of each."""
     return _scenes("retrieval", "scenes-itm", 64)
 
 

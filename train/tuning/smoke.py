@@ -35,6 +35,6 @@ def smoke(recipe: Tuning, name: str, folder: Path = Path("runs/smoke")) -> Tunin
         start_from="scenes-itm" if recipe.stage == 1 else small,
         stage1=None if recipe.stage1 is None else "scenes-itm",
         resolution=None if recipe.resolution is None else PIXELS,
-        data=Scenes(num_scenes=SCENES, num_validation=96, telling=recipe.stage == 1),
+        data=Scenes(num_scenes=SCENES, num_validation=96),
         batch_size=ROWS, max_text_length=30, fit=fit, execution=execution, output=str(folder / name),
     )  # fmt: skip
