@@ -23,8 +23,8 @@ from typing import Any
 from PIL import Image
 
 from blip2.images import open_image
+from train.data.records import IMAGES, AnnotationError
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _COCO = re.compile(r"(?:COCO_[A-Za-z0-9-]+_)?0*(\d+)$")
 
 # kinds of files, and what a message calls them
@@ -43,10 +43,6 @@ OTHERS = {
     "instances": "COCO's boxes (instances)",
     "results": "a list of results, not of annotations",
 }
-
-
-class AnnotationError(ValueError):
-    """Files or pictures that an evaluation cannot work with; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -278,7 +274,7 @@ class Pictures:
         for root, _, names in sorted(os.walk(folder)):
             for name in sorted(names):
                 stem, ending = os.path.splitext(name)
-                if ending.lower() not in ENDINGS:
+                if ending[1:].lower() not in IMAGES:
                     continue
                 path = os.path.relpath(os.path.join(root, name), folder)
                 self.by_path[path] = path

@@ -307,3 +307,8 @@ def decoding(settings: Mapping[str, Any]) -> Generation:
     if settings["num_beams"] == 1:
         return Generation(**chosen)
     return Generation.caption(num_beams=settings["num_beams"], **chosen)
+
+
+def stopped(stop: Stop) -> bool:
+    """Whether any process was asked to stop; waits for all."""
+    return any(distributed.all_gather_object(bool(stop())))
