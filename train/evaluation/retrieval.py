@@ -115,11 +115,6 @@ class Retrieval:
             return None
         return self._rank(cosines, texts, pictures, pairs) if distributed.rank() == 0 else ([], {})
 
-    def clean_up(self) -> None:
-        """Remove what is of no use once the results are written."""
-        Predictions(self.folder, PAIRS).remove_parts()
-        shutil.rmtree(self.folder / FEATURES, ignore_errors=True)
-
     # --- features ---
 
     def _stored(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
@@ -138,9 +133,10 @@ class Retrieval:
             self._texts(start)
         stored = self.folder / FEATURES
         left = [s for s in mine(self.starts) if not (stored / f"{self._name(s)}.safetensors").exists()]
-        title, total = "features", len(self.data.examples)
-        with progress(title, total, total - self.batch_size * len(left), "picture") as bar:
-            for (start, pixels), _ in zip(self._opened(left), left, strict=True):
+        total = len(self.data.examples)
+        going = distributed.world_size() * sum(len(self._batch(start)) for start in left)
+        with progress("features", total, max(0, total - going), "picture") as bar:
+            for start, pixels in self._opened(left):
                 if self.stop():
                     return None
                 self._stored(self._name(start), partial(self._encode, start, pixels))
@@ -283,6 +279,12 @@ class Retrieval:
             "prediction": examples[found].image,
             "references": [examples[row].image],
         }
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what is of no use once the results are written."""
+    Predictions(folder, PAIRS).remove_parts()
+    shutil.rmtree(folder / FEATURES, ignore_errors=True)
 
 
 def _rank_of(scores: Tensor, right: list[int]) -> int:

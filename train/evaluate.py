@@ -1,0 +1,331 @@
+"""Evaluation by the paper's protocols: the command.
+
+    python -m train.evaluate scenes-vqa --model scenes-opt
+    torchrun --nproc-per-node 8 -m train.evaluate vqav2 --model blip2-flan-t5-xl --images val2014
+        --questions v2_OpenEnded_mscoco_val2014_questions.json --annotations v2_mscoco_val2014_annotations.json
+    python -m train.evaluate --table 2 runs/evaluate/*
+
+The same command goes on where a stopped or killed one left off. docs/evaluation.md says how to get each data
+set, and `train.evaluation.protocols` holds the settings.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from blip2 import checkpoint
+from blip2.checkpoint import Loaded
+from blip2.errors import CheckpointError, PromptError
+from train import distributed
+from train.engine import make_accelerator
+from train.evaluation import Figures, MetricError, captioning, predictions, provenance, scenes, vqa
+from train.evaluation.annotations import AnnotationError, DataSet
+from train.evaluation.predictions import Predictions, Record, ResultsError, Stop
+from train.evaluation.protocols import TASKS, check_settings, own_prompt, read_data, resolve, table_rows
+from train.evaluation.report import write_report
+from train.evaluation.retrieval import Retrieval, clean_up
+from train.evaluation.tables import show
+from train.log import say
+from train.stop import stop_signals
+
+TaskName = Literal[
+    "vqav2", "okvqa", "gqa", "coco-caption", "nocaps", "coco-retrieval", "flickr-retrieval",
+    "scenes-vqa", "scenes-caption", "scenes-retrieval",
+]  # fmt: skip
+# of Options, what a task may set; None is the task's own
+CHANGEABLE = (
+    "prompt", "num_beams", "max_new_tokens", "min_new_tokens", "length_penalty", "repetition_penalty",
+    "descriptions", "clean", "unseen", "top_k", "text_length",
+)  # fmt: skip
+WAIT = 240.0  # minutes that a process waits for the others: shares are equal, pictures are not
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to evaluate on what. Settings that are not given are the paper's."""
+
+    task: tyro.conf.Positional[TaskName]
+    """What to do, and on which data."""
+    model: str
+    """An embedded or released checkpoint's name, a folder, or a Hub id."""
+    questions: Path | None = None
+    """vqav2, okvqa, gqa: the questions' file."""
+    annotations: Path | None = None
+    """The answers' (vqav2, okvqa) or captions' file."""
+    images: Path | None = None
+    """Folder of the pictures; subfolders are searched, too."""
+    split: str | None = None
+    """Of the data, by default the paper's: vqav2 val, test-dev; Karpathy's test, val; drawn test, validation."""
+    scenes: int = 500
+    """How many scenes are drawn, for the tasks on them."""
+    limit: int | None = None
+    """Take the first examples only."""
+    output: Path | None = None
+    """Results folder; by default runs/evaluate/TASK-SPLIT-MODEL."""
+    adapter: Path | None = None
+    """Folder of a LoRA adapter to put on the model."""
+    precision: str = "auto"
+    """float32, bfloat16, float16, int8, nf4; auto as `blip2.load` has it."""
+    device: str = "auto"
+    """auto, cpu, mps, cuda, cuda:1; several processes take a GPU each."""
+    batch_size: int | None = None
+    """Pictures at a time."""
+    keep_gb: float = 8.0
+    """Retrieval: image tokens kept in memory, GB a process; the rest is encoded twice."""
+    skip_missing: bool = False
+    """Do without pictures that are missing or cannot be opened, and say so in the scores."""
+    spice: bool = False
+    """Captions: SPICE, too; it needs a download."""
+
+    prompt: str | None = None
+    """Frame of a question, {} where it goes, or the beginning of a caption."""
+    num_beams: int | None = None
+    """1 is greedy."""
+    max_new_tokens: int | None = None
+    """Longest text."""
+    min_new_tokens: int | None = None
+    """Shortest text."""
+    length_penalty: float | None = None
+    """Of beam search; below 0 favors short texts."""
+    repetition_penalty: float | None = None
+    """Above 1 discourages tokens already said."""
+    descriptions: int | None = None
+    """Captions of its own that the model reads before it answers."""
+    clean: bool | None = None
+    """Questions, and captions to retrieve, in lower case and without most signs."""
+    unseen: bool | None = None
+    """scenes-vqa: wordings that the embedded language models were not trained on."""
+    top_k: int | None = None
+    """Retrieval: how many of ITC's best ITM looks at."""
+    text_length: int | None = None
+    """Retrieval: word pieces of a text at most."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no task could use.
+
+        Raises:
+            AnnotationError: a value, or a setting that the task does not have.
+        """
+        for name in ("scenes", "limit", "batch_size", "top_k", "text_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise AnnotationError(f"--{name.replace('_', '-')} is {value}; it has to be 1 or more")
+        if self.split is not None and self.split not in TASKS[self.task].splits:
+            splits = ", ".join(TASKS[self.task].splits)
+            raise AnnotationError(f"--split is {self.split}; {self.task} has {splits}")
+        check_settings(self.task, self.changes)
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The task's settings that were given."""
+        given = {name: getattr(self, name) for name in CHANGEABLE}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def evaluate(options: Options, stop: Stop = lambda: False) -> Path | None:
+    """Evaluate, or go on with it; returns the results folder, or None where it was stopped before the end.
+
+    Raises:
+        AnnotationError: files, pictures or settings do not fit; nothing was computed.
+        CheckpointError: nor does the model.
+        ResultsError: the folder holds another evaluation, or it cannot go on.
+        MetricError: what was predicted cannot be scored; it is kept.
+    """
+    task, split = TASKS[options.task], options.split or TASKS[options.task].splits[0]
+    data = read_data(
+        options.task, split, questions=options.questions, annotations_file=options.annotations,
+        images=options.images, num_scenes=options.scenes, unseen=bool(options.unseen), limit=options.limit,
+        skip_missing=options.skip_missing,
+    )  # fmt: skip
+    loaded = _load(options)
+    settings = resolve(options.task, options.changes, loaded)
+    parts = [options.task, split, provenance.model_name(loaded).replace("/", "-")]
+    parts += [options.adapter.name] if options.adapter else []
+    folder = options.output or Path("runs/evaluate") / "-".join(parts)
+    pictures = options.batch_size or task.pictures
+    made_of = {
+        "task": options.task,
+        "split": split,
+        **provenance.of_model(loaded, options.adapter),
+        "limit": options.limit,
+        "scenes": options.scenes if task.drawn else None,
+        "missing": len(data.missing),
+        "settings": settings,
+        "own_prompt": own_prompt(options.task, settings, loaded),
+        "files": provenance.of_files({"questions": options.questions, "annotations": options.annotations}),
+    }
+    if task.kind == "retrieval":  # what its files hold is of so many pictures
+        made_of["batch_size"] = pictures
+    images = str(options.images) if options.images else None
+    predictions.claim(folder, made_of, provenance.made_with(loaded, batch_size=pictures, images=images))
+
+    kept = Predictions(folder)
+    figures: Figures = {}
+    if (folder / "predictions.jsonl").exists() and (task.kind != "retrieval" or _has_scores(folder)):
+        records = list(kept.done.values())
+        figures = predictions.read(folder / predictions.SCORES)["figures"] if task.kind == "retrieval" else {}
+    elif task.kind == "retrieval":
+        search = Retrieval(data, loaded, settings, folder, pictures, options.keep_gb, stop)
+        found = search.run()
+        if found is None:
+            return None
+        records, figures = found
+    else:
+        if task.kind == "vqa":
+            work = vqa.answering(loaded, settings, pictures)
+        else:
+            work = captioning.captioning(loaded, settings)
+        predictions.predict(
+            data, loaded, work, kept, batch_size=pictures, skip_unusable=options.skip_missing, stop=stop,
+            title=options.task,
+        )  # fmt: skip
+        if predictions.stopped(stop):
+            return None
+        records = predictions.complete(data, kept) if distributed.rank() == 0 else []
+    if distributed.rank() == 0:
+        _finish(options, folder, data, loaded, records, figures)
+    distributed.barrier()
+    return folder
+
+
+def _load(options: Options) -> Loaded:
+    device = options.device
+    if distributed.promised() > 1:
+        cpu = True if device == "cpu" else None
+        device = str(make_accelerator(cpu=cpu, timeout_minutes=WAIT).device)
+    return checkpoint.load(
+        options.model, precision=options.precision, device=device, adapter=options.adapter
+    )
+
+
+# ---------------------------------------------------------------- scores
+
+
+def _has_scores(folder: Path) -> bool:
+    return (folder / predictions.SCORES).exists()
+
+
+def _finish(
+    options: Options,
+    folder: Path,
+    data: DataSet,
+    loaded: Loaded,
+    records: list[Record],
+    figures: Figures,
+) -> None:
+    """Score, and write predictions, scores and report."""
+    task, kept = TASKS[options.task], Predictions(folder)
+    usable = [record for record in records if "unusable" not in record]
+    if not usable:
+        raise ResultsError(f"none of the {len(records)} pictures can be opened")
+    notes = [*data.notes]
+    if left_out := len(records) - len(usable):
+        notes.append(f"{left_out} examples are left out, as their pictures cannot be opened")
+    if data.missing:
+        notes.append(f"{len(data.missing)} pictures are missing and left out, such as {data.missing[0]}")
+    kept.finish(records)  # whole, whatever becomes of the scores
+    if task.kind != "retrieval" and not usable[0]["references"]:
+        submitted = (vqa if task.kind == "vqa" else captioning).submission(usable)
+        predictions.write(folder / "submission.json", submitted)
+        notes.append(f"scored by the challenge's server alone: {folder / 'submission.json'} is for it")
+    elif task.kind != "retrieval":
+        figures, more = _scored(options, usable)
+        notes += more
+        kept.finish(records)
+    scores = {
+        "task": options.task,
+        "model": provenance.model_name(loaded),
+        "examples": len(data.examples) - left_out,
+        "figures": figures,
+        "notes": notes,
+    }
+    predictions.write(folder / predictions.SCORES, scores)
+    if task.kind == "retrieval":
+        clean_up(folder)
+    size = loaded.processor.image_size
+    write_report(
+        folder, f"{options.task}, {loaded.name}", figures, usable,
+        lambda record: data.picture(record["image"], size), settings=predictions.read(folder / "settings.json"),
+    )  # fmt: skip
+    say(f"{options.task}, {loaded.name}, {len(usable):,} examples\n{listed(figures)}")
+    for note in notes:
+        say(f"note: {note}")
+    say(f"predictions, scores and report.html are in {folder}")
+
+
+def _scored(options: Options, records: list[Record]) -> tuple[Figures, list[str]]:
+    if TASKS[options.task].kind == "vqa":
+        return vqa.score(records, lemmatize=options.task == "okvqa")
+    if options.task != "scenes-caption":
+        return captioning.score(records, spice=options.spice)
+    objects = scenes.object_figures(records)
+    try:
+        figures, notes = captioning.score(records, spice=options.spice)
+    except MetricError as error:  # the figures of objects need no Java
+        return objects, [f"BLEU to CIDEr are left out: {error}"]
+    return {**objects, **figures}, notes
+
+
+def listed(figures: Figures) -> str:
+    """Figures a line each, without those by question type, of which there are many."""
+    shown = {name: value for name, value in figures.items() if not name.startswith(("question: ", "raw q"))}
+    width = max(map(len, shown), default=0)
+    return "\n".join(f"  {name.ljust(width)}  {value:6.2f}" for name, value in shown.items())
+
+
+def show_table(arguments: Sequence[str]) -> str:
+    """One of the paper's tables beside what results folders hold.
+
+    Args:
+        arguments: "--table", its number, and folders.
+
+    Raises:
+        ResultsError: one of the folders holds no results.
+        MetricError: there is no such table.
+    """
+    place = arguments.index("--table")
+    number = arguments[place + 1] if place + 1 < len(arguments) else ""
+    folders = [Path(word) for word in (*arguments[:place], *arguments[place + 2 :])]
+    if not number.isdigit():
+        raise MetricError(f"--table is {number!r}; it is 2, 3, 4 or 5, and results folders may follow it")
+    results = {}
+    for folder in folders:
+        if not _has_scores(folder):
+            raise ResultsError(f"{folder} holds no {predictions.SCORES}: is it a results folder, and finished?")
+        results[folder] = tuple(predictions.read(folder / n) for n in (predictions.SETTINGS, predictions.SCORES))
+    return show(int(number), table_rows(int(number), results))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 0: done; 1: stopped, or it failed on the way; 2: it could not start."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if "--table" in arguments:
+            print(show_table(arguments), end="")
+            return 0
+        options = tyro.cli(
+            Options, prog="python -m train.evaluate", description=__doc__, args=arguments
+        )
+        with stop_signals() as stop:
+            folder = evaluate(options, stop)
+    except (AnnotationError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MetricError, ResultsError, PromptError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if folder is None:
+        if distributed.rank() == 0:
+            say("stopped; what is done is kept, and the same command goes on")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
