@@ -181,7 +181,7 @@ def _spice(truths: Captions, told: Captions) -> float:
     folder = Path(models.SPICEDIR) / models.SPICELIB
     if not all((folder / f"{models.JAR}{part}.jar").exists() for part in ("", "-models")):
         raise MetricError(
-            f"it needs Stanford CoreNLP 3.6.0 (about 400 MB) in {folder}: with a network, "
+            f"it needs Stanford CoreNLP 3.6.0 (some hundred MB) in {folder}; with a network: "
             "python -c 'from pycocoevalcap.spice.get_stanford_models import *; get_stanford_models()'"
         )
     try:

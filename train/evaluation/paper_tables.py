@@ -110,8 +110,8 @@ CHECKPOINTS = {  # released ones that are a row's
 
 _SCORER = (
     "The official scorer as of 2017, which LAVIS carries, normalizes every answer, and of references the "
-    "punctuation alone, where they differ. Its revision of 2021 normalizes both where they differ, neither where "
-    "they are all equal. Yours is of 2017 unless you chose otherwise."
+    "punctuation alone, where they differ. Its revision of 2021 normalizes both where they differ, and "
+    "neither where they are all equal. Yours is of 2017 unless you chose otherwise."
 )
 _SERVER = "Scored by the challenge's server alone, from a submission file."
 _DECAY = (
@@ -165,8 +165,8 @@ NOTES: dict[int, list[tuple[str, str, tuple[str, ...]]]] = {
     ],
     3: [
         (
-            "Decoding: length and repetition penalty were 1 at the paper's time; where its configuration says "
-            "nothing, LAVIS's caption task now takes a repetition penalty of 1.15 and a length penalty of 0.",
+            "Decoding: length and repetition penalty were 1 at the paper's time; where its configuration is "
+            "silent, LAVIS's caption task now takes a repetition penalty of 1.15 and a length penalty of 0.",
             "", ("",),
         ),
         (
@@ -200,9 +200,9 @@ NOTES: dict[int, list[tuple[str, str, tuple[str, ...]]]] = {
     ],
     4: [
         (
-            "Neither code nor checkpoints of VQA fine-tuning were released (issues 125, 198, 204, 409, 739). The "
-            "Q-Former reads the question too, but stage 2's checkpoints lack its text half: here it comes from "
-            "stage 1's, which nobody confirmed.",
+            "Neither code nor checkpoints of VQA fine-tuning were released (issues 125, 198, 204, 409, 739). "
+            "The Q-Former reads the question too, but stage 2's checkpoints lack its text half: here it "
+            "comes from stage 1's, which nobody confirmed.",
             "", ("",),
         ),
         (_SERVER + " The paper trains on val, too, so that val cannot stand in.", "", ("",)),

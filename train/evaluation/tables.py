@@ -20,6 +20,7 @@ from train.evaluation.paper_tables import CHECKPOINTS, COLUMNS, DECIMALS, LAVIS,
 WIDTH = 100  # columns of text
 OURS = "BLIP-2"
 
+
 @dataclass(frozen=True)
 class Row:
     """One model of a table.
@@ -124,8 +125,8 @@ def show(table: int, found: Mapping[str, Figures]) -> str:
 
 def _figures(row: Row, column: str, found: Figures, decimals: int) -> list[str]:
     expected, yours = row.paper.get(column), found.get(column)
-    measured = yours is not None and math.isfinite(yours)
-    difference = f"{yours - expected:+.{decimals}f}" if measured and expected is not None else "-"
+    known = expected is not None and yours is not None and math.isfinite(yours)
+    difference = f"{(yours or 0) - (expected or 0):+.{decimals}f}" if known else "-"
     marks = " ".join(f"[{number}]" for number in row.notes.get(column, ()))
     shown = [_figure(value, decimals) for value in (expected, row.lavis.get(column), yours)]
     return [*shown, difference, marks]
