@@ -199,9 +199,12 @@ def _load(options: Options) -> Loaded:
     if distributed.promised() > 1:
         cpu = True if device == "cpu" else None
         device = str(make_accelerator(cpu=cpu, timeout_minutes=WAIT).device)
-    return checkpoint.load(
-        options.model, precision=options.precision, device=device, adapter=options.adapter
-    )
+    try:
+        return checkpoint.load(
+            options.model, precision=options.precision, device=device, adapter=options.adapter
+        )
+    except ValueError as error:  # an unknown name, precision or device
+        raise CheckpointError(str(error)) from error
 
 
 # ---------------------------------------------------------------- scores
@@ -319,6 +322,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (MetricError, ResultsError, PromptError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not distributed.is_lost(error):
+            raise
+        print(
+            f"error: rank {distributed.rank()} lost another process ({error}); what is done is kept, and the "
+            "same command goes on", file=sys.stderr,
+        )
         return 1
     if folder is None:
         if distributed.rank() == 0:

@@ -124,12 +124,14 @@ def read_data(
         AnnotationError: a file is not given, is of another kind, or pictures are missing.
     """
     task = TASKS[name]
+    given = {"questions": questions, "annotations": annotations_file}
     if task.drawn:
+        if images is not None or any(given.values()):
+            raise AnnotationError(f"{name} draws its pictures and reads no files; leave them out")
         draw = {"vqa": scenes.questions, "caption": scenes.captions, "retrieval": scenes.pairs}[task.kind]
         data = draw(num_scenes, split, **({"unseen": unseen} if task.kind == "vqa" else {}))
         return DataSet(data.examples[:limit], data.picture)
     secret = name == "vqav2" and split != "val"  # the server keeps the answers
-    given = {"questions": questions, "annotations": annotations_file}
     for option, such_as in task.files.items():
         if given[option] is None and not (secret and option == "annotations"):
             raise AnnotationError(f"{name} needs --{option}, such as {such_as}")
