@@ -118,7 +118,7 @@ def read_data(
     limit: int | None = None,
     skip_missing: bool = False,
 ) -> DataSet:
-    """The examples of a task, the first `limit` of them; see `train.evaluate.Options`.
+    """The examples of a task, the first `limit` of them; see `train.evaluation.options`.
 
     Raises:
         AnnotationError: a file is not given, is of another kind, or pictures are missing.
