@@ -99,7 +99,10 @@ def coco(folder: Path) -> None:
     vqa(folder / "coco", "v2_", "test-dev2015", [number + 7 for number in numbers])
     vqa(folder / "okvqa", "", "val2014", numbers[:4])
     names = [f"COCO_val2014_{number:012d}.jpg" for number in numbers]
-    images = [{"id": n, "file_name": name, "height": 64, "width": 64} for n, name in zip(numbers, names, strict=True)]
+    images = [
+        {"id": n, "file_name": name, "height": 64, "width": 64}
+        for n, name in zip(numbers, names, strict=True)
+    ]
     said = [
         {"id": 10 * number + place, "image_id": number, "caption": text}
         for seed, number in enumerate(numbers)
@@ -107,7 +110,9 @@ def coco(folder: Path) -> None:
     ]
     _write(folder / "coco" / "captions_val2014.json", {"info": {}, "images": images, "annotations": said})
     boxes = [{"id": n, "image_id": n, "bbox": [0, 0, 9, 9], "category_id": 1} for n in numbers]
-    _write(folder / "coco" / "instances_val2014.json", {"images": images, "annotations": boxes, "categories": []})
+    _write(
+        folder / "coco" / "instances_val2014.json", {"images": images, "annotations": boxes, "categories": []}
+    )
     _write(folder / "coco" / "dataset_coco.json", karpathy("coco", names, numbers, "val2014"))
 
 
@@ -117,7 +122,12 @@ def karpathy(dataset: str, names: list[str], numbers: list[int] | None, path: st
     for seed, name in enumerate(names):
         split = "test" if seed < 5 else "train"
         sentences = [
-            {"tokens": text.lower().rstrip(". ").split(), "raw": text, "imgid": seed, "sentid": 5 * seed + place}
+            {
+                "tokens": text.lower().rstrip(". ").split(),
+                "raw": text,
+                "imgid": seed,
+                "sentid": 5 * seed + place,
+            }
             for place, text in enumerate(_captions(seed, 5 + seed % 2))
         ]
         entry = {"filename": name, "imgid": seed, "split": split, "sentences": sentences}

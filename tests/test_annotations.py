@@ -62,7 +62,13 @@ def test_karpathy(sets):
     path = sets / "coco" / "dataset_coco.json"
     found = annotations.karpathy(path)
     assert [one.id for one in found] == official.coco_numbers()[:5]
-    assert [len(one.references) for one in found] == [5, 6, 5, 6, 5]  # all are taken, as in the 25,010 of COCO
+    assert [len(one.references) for one in found] == [
+        5,
+        6,
+        5,
+        6,
+        5,
+    ]  # all are taken, as in the 25,010 of COCO
     assert all(text == text.strip() for one in found for text in one.references)
     with pytest.raises(AnnotationError, match=r"split of coco; this takes dataset_flickr30k.json"):
         annotations.karpathy(path, dataset="flickr30k")
@@ -97,7 +103,9 @@ def test_a_file_of_another_kind_is_named(sets, path):
             continue
         with pytest.raises(AnnotationError) as caught:
             reader(sets / path)
-        assert f"holds {PUBLISHED[path]}, not {kind} (such as {annotations.SUCH_AS[kind]})" in str(caught.value)
+        assert f"holds {PUBLISHED[path]}, not {kind} (such as {annotations.SUCH_AS[kind]})" in str(
+            caught.value
+        )
 
 
 @pytest.mark.parametrize(
@@ -121,12 +129,18 @@ def test_damaged_and_foreign_files(tmp_path, content, message):
 def test_no_file_and_a_folder(tmp_path):
     with pytest.raises(AnnotationError, match="there is no file"):
         annotations.gqa(tmp_path / "questions.json")
-    with pytest.raises(AnnotationError, match="is a folder; give the .json"):
+    with pytest.raises(AnnotationError, match=r"is a folder; give the \.json"):
         annotations.gqa(tmp_path)
 
 
 def test_pictures_by_every_name(tmp_path):
-    for name in ("val2014/COCO_val2014_000000000042.jpg", "73.jpg", "000000000100.png", "0013ea.PNG", "x.txt"):
+    for name in (
+        "val2014/COCO_val2014_000000000042.jpg",
+        "73.jpg",
+        "000000000100.png",
+        "0013ea.PNG",
+        "x.txt",
+    ):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")

@@ -1,8 +1,8 @@
 """Evaluation by the paper's protocols: the command.
 
     python -m train.evaluate scenes-vqa --model scenes-opt
-    torchrun --nproc-per-node 8 -m train.evaluate vqav2 --model blip2-flan-t5-xl --images val2014
-        --questions v2_OpenEnded_mscoco_val2014_questions.json --annotations v2_mscoco_val2014_annotations.json
+    torchrun --nproc-per-node 8 -m train.evaluate gqa --model blip2-flan-t5-xl
+        --questions testdev_balanced_questions.json --images gqa/images
     python -m train.evaluate --table 2 runs/evaluate/*
 
 The same command goes on where a stopped or killed one left off. docs/evaluation.md says how to get each data
@@ -24,8 +24,8 @@ from train import distributed
 from train.engine import make_accelerator
 from train.evaluation import Figures, MetricError, captioning, predictions, provenance, scenes, vqa
 from train.evaluation.annotations import AnnotationError, DataSet
-from train.evaluation.predictions import Predictions, Record, ResultsError, Stop
 from train.evaluation.options import Options
+from train.evaluation.predictions import Predictions, Record, ResultsError, Stop
 from train.evaluation.protocols import TASKS, own_prompt, read_data, resolve, table_rows
 from train.evaluation.report import write_report
 from train.evaluation.retrieval import Retrieval, clean_up
@@ -45,6 +45,7 @@ def evaluate(options: Options, stop: Stop = lambda: False) -> Path | None:
         ResultsError: the folder holds another evaluation, or it cannot go on.
         MetricError: what was predicted cannot be scored; it is kept.
     """
+    options.check()
     task, split = TASKS[options.task], options.split or TASKS[options.task].splits[0]
     data = read_data(
         options.task, split, questions=options.questions, annotations_file=options.annotations,
@@ -208,8 +209,12 @@ def show_table(arguments: Sequence[str]) -> str:
     results = {}
     for folder in folders:
         if not _has_scores(folder):
-            raise ResultsError(f"{folder} holds no {predictions.SCORES}: is it a results folder, and finished?")
-        results[folder] = tuple(predictions.read(folder / n) for n in (predictions.SETTINGS, predictions.SCORES))
+            raise ResultsError(
+                f"{folder} holds no {predictions.SCORES}: is it finished, and a results folder?"
+            )
+        results[folder] = tuple(
+            predictions.read(folder / n) for n in (predictions.SETTINGS, predictions.SCORES)
+        )
     return show(int(number), table_rows(int(number), results))
 
 
@@ -220,9 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--table" in arguments:
             print(show_table(arguments), end="")
             return 0
-        options = tyro.cli(
-            Options, prog="python -m train.evaluate", description=__doc__, args=arguments
-        )
+        options = tyro.cli(Options, prog="python -m train.evaluate", description=__doc__, args=arguments)
         with stop_signals() as stop:
             folder = evaluate(options, stop)
     except (AnnotationError, CheckpointError) as error:
@@ -236,7 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(
             f"error: rank {distributed.rank()} lost another process ({error}); what is done is kept, and the "
-            "same command goes on", file=sys.stderr,
+            "same command goes on",
+            file=sys.stderr,
         )
         return 1
     if folder is None:

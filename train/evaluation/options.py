@@ -1,4 +1,4 @@
-"""What the evaluation command takes; settings that are not given are the task's own, which are the paper's."""
+"""What the evaluation command takes; settings that are not given are the task's own, mostly the paper's."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Options:
     images: Path | None = None
     """Folder of the pictures; subfolders are searched, too."""
     split: str | None = None
-    """Of the data, by default the paper's: vqav2 val, test-dev; Karpathy's test, val; drawn test, validation."""
+    """Of the data: vqav2 val or test-dev; Karpathy's test or val; drawn test or validation; the first of each."""
     scenes: int = 500
     """How many scenes are drawn, for the tasks on them."""
     limit: int | None = None
@@ -82,8 +82,8 @@ class Options:
     text_length: int | None = None
     """Retrieval: word pieces of a text at most."""
 
-    def __post_init__(self) -> None:
-        """Refuse what no task could use.
+    def check(self) -> None:
+        """Refuse what the task could not use.
 
         Raises:
             AnnotationError: a value, or a setting that the task does not have.

@@ -1,13 +1,13 @@
 """A results folder: what it was made with, predictions as they come, scores; and the loop that fills it.
 
-    settings.json          task, model, settings, annotation files by digest; a folder is one evaluation's alone
-    predictions.jsonl      a line an example, in the data set's order
+    settings.json              task, model, settings, files by digest; a folder is one evaluation's alone
+    predictions.jsonl          a line an example, in the data set's order
     predictions-0-of-3.jsonl   what process 0 of 3 has predicted so far, while it runs
-    scores.json            the figures, how many examples they are of, and what to know beside them
+    scores.json                the figures, how many examples they are of, and what to know beside them
 
-A data set is cut into units, some pictures and everything asked about them, by its own order alone, and unit u
-is done by process u modulo their number. So a picture meets the same others in a batch whatever the number of
-processes, and predictions are the same to the last bit. A unit's predictions are written together; what a
+A data set is cut into units, some pictures and everything asked about them, by its own order alone, and unit
+u is done by process u modulo their number. So a picture meets the same others in a batch whatever the number
+of processes, and predictions are the same to the last bit. A unit's predictions are written together; what a
 killed run left is read by the next, of any number of processes.
 """
 

@@ -204,7 +204,9 @@ def check_settings(name: str, changes: Mapping[str, Any]) -> None:
         raise AnnotationError(f"{name} has no setting {shown}; it has {has}")
 
 
-def table_rows(table: int, results: Mapping[Path, tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, Figures]:
+def table_rows(
+    table: int, results: Mapping[Path, tuple[Mapping[str, Any], Mapping[str, Any]]]
+) -> dict[str, Figures]:
     """Figures of results folders by the rows and columns of one of the paper's tables.
 
     A row is the paper's if the model is its released checkpoint, evaluated as the paper does it; else it is

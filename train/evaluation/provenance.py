@@ -1,4 +1,4 @@
-"""What an evaluation was made of and with: settings.json. The first part decides predictions, and is compared."""
+"""What an evaluation was made of and with: settings.json. The first decides predictions, and is compared."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def made_with(loaded: Loaded, **more: Any) -> dict[str, Any]:
 def fingerprint(folder: Path) -> str:
     """What tells a checkpoint from another: sizes of its weight files, and what stands in 64 places of each.
 
-    Released ones have up to 50 GB, so they are not read whole; training changes every trained tensor all over.
+    Released ones have up to 50 GB, so they are not read whole; training changes trained tensors all over.
     """
     found = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*config.json")]):

@@ -6,8 +6,8 @@ them, by cosine. Pairs are scored picture by picture, both directions at once, s
 values are projected once for all its texts. Texts are cleaned and cut after 35 word pieces.
 
 Memory, for N pictures and M texts, 5,000 and 25,000 in COCO: a process holds N x M cosines (0.5 GB) and the
-pictures' features (Q x E float32 each, 0.16 GB); the one that ranks holds three more such matrices for a while
-(2 GB in all). Of the pictures' image tokens, which ITM reads, `keep_gb` are kept; the rest is encoded again
+pictures' features (Q x E float32 each, 0.16 GB); the one that ranks holds three more such matrices for a
+while (2 GB in all). Of the pictures' image tokens, which ITM reads, `keep_gb` are kept; the rest is encoded again
 (at 364 pixels a picture has 1.9 MB of them in 16 bits, 5,000 have 9.5 GB).
 """
 
@@ -197,7 +197,7 @@ class Retrieval:
     # --- matching and ranking ---
 
     def _match(self, texts: Tensor, pictures: Tensor, pairs: Predictions) -> None:
-        """ITM logits of this process's share of the pairs, a record a picture: its texts, and their logits."""
+        """ITM logits of this process's share of pairs, a record a picture: its texts, and their logits."""
         wanted = [set(row) for row in texts.tolist()]
         for text, rows in enumerate(pictures.T.tolist()):
             for row in rows:
@@ -255,7 +255,11 @@ class Retrieval:
                 place = _rank_of(row, right[query])
                 records.append(
                     self._record(way, query, int(row.argmax()))
-                    | {"rank": place, "itc_rank": _rank_of(itc[query], right[query]), "score": 1 / (1 + place)}
+                    | {
+                        "rank": place,
+                        "itc_rank": _rank_of(itc[query], right[query]),
+                        "score": 1 / (1 + place),
+                    }
                 )
         order = [*(name for name in figures if not name.startswith("ITC")), *figures]
         return records, {name: figures[name] for name in dict.fromkeys(order)}

@@ -63,7 +63,7 @@ def pairs(count: int, split: str) -> DataSet:
 
 
 def object_figures(records: list[Record]) -> Figures:
-    """Of captions, in percent: objects (color and shape) that are named, named ones and relations that are so."""
+    """Of captions, in percent: objects (color and shape) named, named ones that are there, true relations."""
     named: list[float] = []
     right: list[float] = []
     relations: list[bool] = []
