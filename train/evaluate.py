@@ -160,10 +160,10 @@ def _finish(
     predictions.write(folder / predictions.SCORES, scores)
     if task.kind == "retrieval":
         clean_up(folder)
-    size = loaded.processor.image_size
+    size, made = loaded.processor.image_size, predictions.read(folder / predictions.SETTINGS)
     write_report(
         folder, f"{options.task}, {loaded.name}", figures, usable,
-        lambda record: data.picture(record["image"], size), settings=predictions.read(folder / "settings.json"),
+        lambda record: data.picture(record["image"], size), settings=made,
     )  # fmt: skip
     say(f"{options.task}, {loaded.name}, {len(usable):,} examples\n{listed(figures)}")
     for note in notes:

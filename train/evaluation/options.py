@@ -37,7 +37,7 @@ class Options:
     images: Path | None = None
     """Folder of the pictures; subfolders are searched, too."""
     split: str | None = None
-    """Of the data: vqav2 val or test-dev; Karpathy's test or val; drawn test or validation; the first of each."""
+    """Of the data: vqav2 val or test-dev, Karpathy's test or val, drawn test or validation."""
     scenes: int = 500
     """How many scenes are drawn, for the tasks on them."""
     limit: int | None = None

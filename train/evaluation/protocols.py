@@ -15,7 +15,8 @@ from blip2.checkpoint import Loaded
 from blip2.generation import num_descriptions
 from blip2.model import Blip2
 from blip2.presets import ORGANIZATION, find_preset
-from train.evaluation import Figures, annotations, scenes
+from train.evaluation import Figures, scenes
+from train.evaluation import annotations as files
 from train.evaluation.annotations import AnnotationError, DataSet, with_pictures
 from train.evaluation.tables import columns, paper
 from train.evaluation.vqa import frame
@@ -143,9 +144,9 @@ def read_data(
     notes: list[str] = []
     if questions is not None and name != "gqa":
         subtype = f"{split}20" if name == "vqav2" else ""
-        examples = annotations.vqa(questions, annotations_file, subtype=subtype)
+        examples = files.vqa(questions, annotations_file, subtype=subtype)
     elif questions is not None:
-        examples = annotations.gqa(questions)
+        examples = files.gqa(questions)
     else:
         assert annotations_file is not None
         examples, notes = _captions(name, split, annotations_file)
@@ -153,15 +154,15 @@ def read_data(
     return DataSet(data.examples, data.picture, data.missing, tuple(notes))
 
 
-def _captions(name: str, split: str, path: Path) -> tuple[list[annotations.Example], list[str]]:
+def _captions(name: str, split: str, path: Path) -> tuple[list[files.Example], list[str]]:
     if name == "nocaps":
-        return annotations.captions(path, annotations.NOCAPS), []
-    kind = annotations.kind_of(annotations.read_json(path))
-    if kind == annotations.CAPTIONS and name.startswith("coco-"):
-        examples = annotations.captions(path)
+        return files.captions(path, files.NOCAPS), []
+    kind = files.kind_of(files.read_json(path))
+    if kind == files.CAPTIONS and name.startswith("coco-"):
+        examples = files.captions(path)
         note = f"of all {len(examples)} pictures of {path.name}: the paper's are of Karpathy's test split"
         return examples, [note]
-    return annotations.karpathy(path, split, "flickr30k" if name.startswith("flickr") else "coco"), []
+    return files.karpathy(path, split, "flickr30k" if name.startswith("flickr") else "coco"), []
 
 
 def resolve(name: str, changes: Mapping[str, Any], loaded: Loaded) -> dict[str, Any]:

@@ -7,8 +7,8 @@ values are projected once for all its texts. Texts are cleaned and cut after 35 
 
 Memory, for N pictures and M texts, 5,000 and 25,000 in COCO: a process holds N x M cosines (0.5 GB) and the
 pictures' features (Q x E float32 each, 0.16 GB); the one that ranks holds three more such matrices for a
-while (2 GB in all). Of the pictures' image tokens, which ITM reads, `keep_gb` are kept; the rest is encoded again
-(at 364 pixels a picture has 1.9 MB of them in 16 bits, 5,000 have 9.5 GB).
+while (2 GB in all). Of the pictures' image tokens, which ITM reads, `keep_gb` are kept; the rest is encoded
+again (at 364 pixels a picture has 1.9 MB of them in 16 bits, 5,000 have 9.5 GB).
 """
 
 from __future__ import annotations
@@ -147,13 +147,15 @@ class Retrieval:
         """Where batches start, and their pictures, float (B, 3, S, S)."""
         batches = [self._batch(start) for start in starts]
         for start, (_, opened) in zip(starts, opened_ahead(batches, self.data, self.loaded), strict=True):
+            pixel_values = []
             for name, pixels in opened.items():
                 if isinstance(pixels, str):
                     raise ResultsError(
                         f"{name}: {pixels} Retrieval takes a sound picture, or none: delete the file, and "
                         "--skip-missing does without"
                     )
-            yield start, torch.cat(list(opened.values()))
+                pixel_values.append(pixels)
+            yield start, torch.cat(pixel_values)
 
     def _batch(self, start: int) -> list[Example]:
         return self.data.examples[start : start + self.batch_size]
@@ -239,7 +241,8 @@ class Retrieval:
         if lacking := len(self.data.examples) - len(found):
             raise ResultsError(f"{self.folder} lacks the pairs of {lacking} pictures: start again")
         both = cosines - FAR
-        for row, record in found.items():
+        for record in found.values():
+            row = record["id"]
             both[row, record["texts"]] = cosines[row, record["texts"]] + torch.tensor(record["match"])
         records: list[Record] = []
         figures: Figures = {}
