@@ -165,7 +165,7 @@ def _finish(
         folder, f"{options.task}, {loaded.name}", figures, usable,
         lambda record: data.picture(record["image"], size), settings=made,
     )  # fmt: skip
-    say(f"{options.task}, {loaded.name}, {len(usable):,} examples\n{listed(figures)}")
+    say(f"{options.task}, {loaded.name}, {scores['examples']:,} examples\n{listed(figures)}")
     for note in notes:
         say(f"note: {note}")
     say(f"predictions, scores and report.html are in {folder}")

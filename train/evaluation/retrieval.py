@@ -6,8 +6,8 @@ them, by cosine. Pairs are scored picture by picture, both directions at once, s
 values are projected once for all its texts. Texts are cleaned and cut after 35 word pieces.
 
 Memory, for N pictures and M texts, 5,000 and 25,000 in COCO: a process holds N x M cosines (0.5 GB) and the
-pictures' features (Q x E float32 each, 0.16 GB); the one that ranks holds three more such matrices for a
-while (2 GB in all). Of the pictures' image tokens, which ITM reads, `keep_gb` are kept; the rest is encoded
+pictures' features (Q x E float32 each, 0.16 GB); the one that ranks adds two such matrices and all pairs
+(2.7 GB in all without the model, measured). Of the pictures' image tokens, which ITM reads, `keep_gb` are kept; the rest is encoded
 again (at 364 pixels a picture has 1.9 MB of them in 16 bits, 5,000 have 9.5 GB).
 """
 

@@ -196,11 +196,11 @@ def captions(loaded: Loaded, count: int, split: str = "test") -> Figures:
             found["object precision"].append(hits / len(named) if named else 0.0)
         said = generate(loaded.model, loaded.processor, image, [""] * len(scenes), three)
         for scene, texts in zip(scenes, said, strict=True):
-            found["relations true"] += [true for text in texts for true in stated_relations(scene, text)]
+            found["relations true"] += [true for text in texts for true in _relations(scene, text)]
     return {name: sum(values) / len(values) for name, values in sorted(found.items())}
 
 
-def stated_relations(scene: Scene, text: str) -> list[bool]:
+def _relations(scene: Scene, text: str) -> list[bool]:
     """For every relation that a text states whether it is so."""
     things = {(thing.color, thing.shape): thing for thing in scene.things}
     verdicts = []
