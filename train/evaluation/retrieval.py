@@ -7,8 +7,8 @@ values are projected once for all its texts. Texts are cleaned and cut after 35 
 
 Memory, for N pictures and M texts, 5,000 and 25,000 in COCO: a process holds N x M cosines (0.5 GB) and the
 pictures' features (Q x E float32 each, 0.16 GB); the one that ranks adds two such matrices and all pairs
-(2.7 GB in all without the model, measured). Of the pictures' image tokens, which ITM reads, `keep_gb` are kept; the rest is encoded
-again (at 364 pixels a picture has 1.9 MB of them in 16 bits, 5,000 have 9.5 GB).
+(2.7 GB in all without the model, measured). Of the pictures' image tokens, which ITM reads, `keep_gb` are
+kept; the rest is encoded again (at 364 pixels a picture has 1.9 MB of them in 16 bits, 5,000 have 9.5 GB).
 """
 
 from __future__ import annotations
