@@ -15,26 +15,23 @@ from train.evaluation import MetricError
 Lemmatizer = Callable[[str], str]
 Rules = Literal["2017", "2021"]
 
-NUMBERS = {"none": "0"} | {
-    word: str(value)
-    for value, word in enumerate("zero one two three four five six seven eight nine ten".split())
-}
+NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
+NUMBERS = {"none": "0"} | {word: str(value) for value, word in enumerate(NUMBER_WORDS.split())}
 ARTICLES = {"a", "an", "the"}
-PUNCTUATION = ";/[]\"{}()=+\\_-><@`,?!"  # the apostrophe and the colon are none, nor are $ % & * #
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # the apostrophe and the colon are none, nor are $ % & * #
 COMMA_IN_NUMBER = re.compile(r"\d,\d")
 PERIOD = re.compile(r"\.(?!\d)")  # 3.5 keeps its own
 MOST_PERIODS = 32  # that the official tool removes: it passes re.UNICODE where re.sub takes a count
 CONTRACTED = """
-    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd
-    he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've
-    mustn't needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've
-    somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's something'd
-    something'd've something'll
-    that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've
-    we've weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's
-    who've why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've
-    you'll you're you've
-""".split()  # not those that are words without it: we're, he'll, she'd, let's, it's
+    ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
+    he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've
+    must've mustn't needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't
+    shouldn't've somebody'd've somebody'll somebody's someone'd someone'd've someone'll someone's
+    something'd something'd've something'll that's there'd there'd've there're there's they'd they'd've
+    they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
+    where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't
+    wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
+"""  # not those that are words without it: we're, he'll, she'd, let's, it's
 
 
 def _without_one(word: str) -> Iterator[str]:
@@ -44,7 +41,7 @@ def _without_one(word: str) -> Iterator[str]:
             yield word[:place] + word[place + 1 :]
 
 
-CONTRACTIONS = {short: word for word in CONTRACTED for short in _without_one(word)}
+CONTRACTIONS = {short: word for word in CONTRACTED.split() for short in _without_one(word)}
 CONTRACTIONS["somebody'd"] = "somebodyd"  # the official list has this one backwards
 
 

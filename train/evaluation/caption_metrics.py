@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import warnings
@@ -92,9 +93,8 @@ def tokenize(captions: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, encoding="utf-8")
     cut = done.stdout.removesuffix("\n").split("\n")
     if lines and (done.returncode or len(cut) != len(lines)):
-        said = done.stderr.strip().splitlines()[-1:] or ["nothing"]
         raise MetricError(
-            f"the caption tokenizer gave {len(cut)} of {len(lines)} lines; Java said: {said[0]}"
+            f"the caption tokenizer gave {len(cut)} of {len(lines)} lines; Java said: {_reason(done.stderr)}"
         )
     gone = set(ptbtokenizer.PUNCTUATIONS)
     words = (" ".join(word for word in line.split() if word not in gone) for line in cut)
@@ -111,6 +111,27 @@ def _java() -> str:
             "conda: conda install openjdk)"
         )
     return found
+
+
+@contextmanager
+def _english() -> Iterator[None]:
+    """Java programs that start in this block write 0.5; METEOR cannot read its own 0,5 of other places."""
+    name = "JAVA_TOOL_OPTIONS"
+    before = os.environ.get(name)
+    os.environ[name] = f"{before or ''} -Duser.language=en -Duser.country=US -Dfile.encoding=UTF-8".strip()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _reason(said: str) -> str:
+    """What a Java program complained of, on one line, without its call stack."""
+    lines = [line.strip() for line in said.splitlines() if not line.startswith(("\tat", "Picked up "))]
+    return " ".join(" ".join(lines).split())[:200] or "nothing"
 
 
 Captions = Mapping[str, list[str]]
@@ -139,13 +160,15 @@ def _meteor(truths: Captions, told: Captions) -> float:
         if not (folder / name).exists():
             raise MetricError(f"its {name} is missing: pip install --force-reinstall pycocoevalcap")
     bare = {name: [text.replace("|||", "") for text in texts] for name, texts in truths.items()}
-    with _ended(meteor.Meteor()) as scorer:
+    with _english():
+        started = meteor.Meteor()
+    with _ended(started) as scorer:
         try:
             mean, _ = scorer.compute_score(bare, told)
         except (OSError, ValueError) as error:
             scorer.meteor_p.kill()
-            said = scorer.meteor_p.stderr.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise MetricError(f"its program failed ({said[0] if said else error})") from error
+            said = scorer.meteor_p.stderr.read().decode(errors="replace")
+            raise MetricError(f"its program failed; Java said: {_reason(said)}") from error
     return float(mean)
 
 
@@ -185,6 +208,7 @@ def _spice(truths: Captions, told: Captions) -> float:
             "python -c 'from pycocoevalcap.spice.get_stanford_models import *; get_stanford_models()'"
         )
     try:
-        return float(Spice().compute_score(truths, told)[0])
+        with _english():
+            return float(Spice().compute_score(truths, told)[0])
     except (OSError, subprocess.CalledProcessError) as error:
         raise MetricError(f"its program failed ({error}); it was made for Java 8 and takes 8 GB") from error

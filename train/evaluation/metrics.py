@@ -82,7 +82,7 @@ def recalls(scores: Tensor, positives: Sequence[Collection[int]], ks: Sequence[i
         raise MetricError(f"{len(positives)} queries need scores of (N, M); these are {tuple(scores.shape)}")
     if bool(torch.isnan(scores).any()):
         raise MetricError("a score is NaN: the model gave no number for some pair")
-    ranks = []
+    ranks: list[int] = []
     for row, right in zip(scores, positives, strict=True):
         if not right or min(right) < 0 or max(right) >= len(row):
             raise MetricError(

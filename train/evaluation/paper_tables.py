@@ -111,7 +111,7 @@ CHECKPOINTS = {  # released ones that are a row's
 _SCORER = (
     "The official scorer as of 2017, which LAVIS carries, normalizes every answer, and of references the "
     "punctuation alone, where they differ. Its revision of 2021 normalizes both where they differ, and "
-    "neither where they are all equal. Yours is of 2017 unless you chose otherwise."
+    "neither where they are all equal. Yours is of 2017."
 )
 _SERVER = "Scored by the challenge's server alone, from a submission file."
 _DECAY = (

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -22,7 +23,7 @@ from train.evaluation import Figures
 
 SHOWN = 12  # examples of each kind
 THUMBNAIL = 360  # pixels at most
-TILES = 24  # figures that are seen at once; the rest, such as those by type of question, can be unfolded
+TILES = 12  # figures that are seen at once; the rest, such as those by type of question, can be unfolded
 NAME = "report.html"
 PAGE = Path(__file__).with_name("report.html")
 
@@ -132,12 +133,12 @@ def _card(record: Record, picture_of: Callable[[Record], Picture]) -> str:
 
 
 def _texts(texts: str | Iterable[str]) -> str:
-    """One text, or a list of them in which equal ones are counted."""
+    """One text, or a list of them in which equal ones are counted, the commonest first."""
     given = [texts] if isinstance(texts, str) else [str(text) for text in texts]
     if len(given) == 1:
         return f"<p>{escape(given[0]) or '<em>nothing</em>'}</p>"
-    counts = {text: given.count(text) for text in given}
-    items = (f"{escape(text)}{f' ×{count}' if count > 1 else ''}" for text, count in counts.items())
+    counts = Counter(given).most_common()
+    items = (f"{escape(text)}{f' ×{count}' if count > 1 else ''}" for text, count in counts)
     return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
 
 

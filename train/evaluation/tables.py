@@ -102,10 +102,10 @@ def show(table: int, found: Mapping[str, Figures]) -> str:
         MetricError: another table, or a figure that it does not have.
     """
     names = columns(table)
-    for row, figures in found.items():
+    for name, figures in found.items():
         odd = sorted(figures.keys() - set(names))
         if odd:
-            raise MetricError(f"{row}: table {table} has no {', '.join(odd)}; it has {', '.join(names)}")
+            raise MetricError(f"{name}: table {table} has no {', '.join(odd)}; it has {', '.join(names)}")
     rows = paper(table)
     ours = [row for row in rows if row.name.startswith(OURS)]
     others = [row for row in rows if not row.name.startswith(OURS)]
@@ -119,7 +119,9 @@ def show(table: int, found: Mapping[str, Figures]) -> str:
     lines = [f"Table {table}. {TITLES[table]}", "", *_aligned(cells, left=(0, 1, 6)), ""]
     lines += ["Others, from the paper", "", *_aligned(_compact(table, others), left=(0,)), ""]
     for number, text in enumerate(notes(table), start=1):
-        lines += textwrap.wrap(text, WIDTH, initial_indent=f"[{number}] ", subsequent_indent="    ")
+        lines += textwrap.wrap(
+            text, WIDTH, initial_indent=f"[{number}] ", subsequent_indent="    ", break_on_hyphens=False
+        )
     return "\n".join(lines) + "\n"
 
 
