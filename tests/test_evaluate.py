@@ -17,9 +17,11 @@ from pathlib import Path
 
 import official
 import pytest
+import tiny
 import torch
 
 from blip2 import checkpoint
+from blip2.processing import Processor
 from train import distributed
 from train.data.transforms import clean_caption
 from train.evaluate import main
@@ -64,9 +66,11 @@ def overlap(monkeypatch):
     monkeypatch.setattr(captioning, "caption_figures", figures)
 
 
-def command(task, sets, folder, *more, model=None):
+def command(task, sets, folder, *more, model=None, beams="2"):
+    """Two beams, or None for the paper's five, which take their time."""
     words = [task, "--model", str(model or MODELS[TASKS[task].kind]), "--output", str(folder)]
     words += ["--scenes", "8"] if TASKS[task].drawn else official.options(task, sets)
+    words += ["--num-beams", beams] if beams and TASKS[task].kind != "retrieval" else []
     return [*words, "--batch-size", "2", "--device", "cpu", *more]
 
 
@@ -115,13 +119,13 @@ def test_settings_are_the_papers(assets, sets, tmp_path, overlap):
         ("scenes-opt", "Question: {} Answer:"),
         ("scenes-flan-t5", "Question: {} Short answer:"),
     ):
-        assert main(command("gqa", sets, tmp_path / model, "--limit", "1", model=model)) == 0
+        assert main(command("gqa", sets, tmp_path / model, "--limit", "1", model=model, beams=None)) == 0
         made = json.loads((tmp_path / model / "settings.json").read_text())["settings"]
         assert made == {
             "prompt": frame, "num_beams": 5, "max_new_tokens": 10, "min_new_tokens": 1,
             "length_penalty": -1.0, "repetition_penalty": 1.0, "descriptions": 0, "clean": True,
         }  # fmt: skip
-    assert main(command("nocaps", sets, tmp_path / "c", "--limit", "1")) == 0
+    assert main(command("nocaps", sets, tmp_path / "c", "--limit", "1", beams=None)) == 0
     made = json.loads((tmp_path / "c" / "settings.json").read_text())["settings"]
     assert (made["prompt"], made["num_beams"]) == ("a photo of", 5)
     assert (made["min_new_tokens"], made["max_new_tokens"], made["length_penalty"]) == (8, 30, 1.0)
@@ -139,6 +143,21 @@ def test_a_question_is_asked_as_the_settings_say(assets, sets, tmp_path, monkeyp
     prompts = [prompt for group, _, _ in sent for prompt in group]
     assert sorted(prompts) == sorted(f"Q: {one['question'].lower()} A:" for one in asked[:3])
     assert all(generation.method == "greedy" and generation.max_new_tokens == 10 for _, generation, _ in sent)
+
+
+def test_a_question_can_enter_the_qformer_too(assets, sets, tmp_path, monkeypatch):
+    """A model fine-tuned for VQA: the bare question goes to the Q-Former, the framed one to the LLM."""
+    words = {"family": "opt", "image_size": tiny.IMAGE_SIZE, "num_query_tokens": tiny.NUM_QUERIES}
+    processor = Processor(tiny.tokenizer("opt"), **words, qformer_tokenizer=tiny.tokenizer("bert"))
+    checkpoint.save(tiny.ours("instruct"), processor, tmp_path / "run" / "model")
+    asked = []
+    generate = vqa.generate
+    monkeypatch.setattr(vqa, "generate", lambda *a, **k: asked.append((a[3], k)) or generate(*a, **k))
+    line = command("vqav2", sets, tmp_path / "out", "--limit", "4", model=tmp_path / "run" / "model")
+    assert main(line) == 0
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["model"] == "run"
+    for prompts, options in asked:
+        assert prompts == [f"Question: {question} Answer:" for question in options["questions"]]
 
 
 WRONG = [
@@ -253,7 +272,7 @@ def test_another_evaluation_is_refused(assets, sets, tmp_path, capsys):
     text = (sets / "coco" / "v2_mscoco_val2014_annotations.json").read_text()
     changed.write_text(text.replace('"answer": "', '"answer": "a '))
     for more, message in (
-        (["--num-beams", "1"], "settings.num_beams: 5 there, 1 here"),
+        (["--num-beams", "1"], "settings.num_beams: 2 there, 1 here"),
         (["--limit", "3"], "limit: 2 there, 3 here"),
         (["--model", "scenes-flan-t5"], "model: 'scenes-opt' there, 'scenes-flan-t5' here"),
         (["--annotations", str(changed)], "files.annotations: "),
@@ -370,7 +389,9 @@ def test_table(assets, sets, tmp_path, capsys):
     shown = capsys.readouterr().out
     figure = results(tmp_path / "vqav2-scenes-opt")[1]["figures"]["accuracy"]
     row = next(
-        line for line in shown.splitlines() if line.startswith("scenes-opt (of 2 examples, not 214,354)")
+        line
+        for line in shown.splitlines()
+        if line.startswith("scenes-opt (num_beams 2, of 2 examples, not 214,354)")
     )
     assert f" {figure:.1f} " in row and "VQAv2 val" in row
     assert "BLIP-2 ViT-g FlanT5-XXL" in shown and "65.0" in shown
