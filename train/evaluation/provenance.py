@@ -18,7 +18,8 @@ SAMPLED, SAMPLES = 1 << 16, 64  # bytes in a place, and places, of a weight file
 
 def model_name(loaded: Loaded) -> str:
     """What a model is called: a folder named "model", as training saves it, after the run."""
-    return loaded.folder.resolve().parent.name if loaded.name == "model" else loaded.name
+    name, plus, adapter = loaded.name.partition("+")
+    return f"{loaded.folder.resolve().parent.name if name == 'model' else name}{plus}{adapter}"
 
 
 def of_model(loaded: Loaded, adapter: Path | None) -> dict[str, Any]:
