@@ -78,9 +78,18 @@ class Blip2Base(PreTrainedModel):
         """Let the queries read image_embeds: float (B, P, V)."""
         return ImageFeatures(image_embeds, self.qformer(self.query_tokens, image=image_embeds).query_output)
 
+    @property
+    def wears_adapter(self) -> bool:
+        """Whether peft has put an adapter on this model (`blip2.adapters`), as transformers marks it."""
+        return bool(getattr(self, "_hf_peft_config_loaded", False))
+
     def freeze_vision(self) -> None:
-        """Freeze the image encoder but for `post_layernorm`, as both stages do (Sec. 3.2, 3.3)."""
-        self.vision_model.freeze()
+        """Freeze the image encoder but for `post_layernorm`, as both stages do (Sec. 3.2, 3.3).
+
+        Under an adapter all of it is frozen, and stays so.
+        """
+        if not self.wears_adapter:
+            self.vision_model.freeze()
 
     def num_trainable(self) -> int:
         """How many parameters an optimizer would see."""

@@ -39,9 +39,11 @@ class KeyValues:
             dtype = torch.float32 if wide else keys.dtype
             self.layers.append(keys.new_empty((2, *keys.shape[:2], 0, keys.shape[3]), dtype=dtype))
         layer = self._grown(index, end)
-        layer[0, :, :, self.length : end] = keys
-        layer[1, :, :, self.length : end] = values
-        return layer[0, :, :, :end], layer[1, :, :, :end]
+        new_keys, new_values = layer[:, :, :, self.length : end].unbind()
+        new_keys.copy_(keys)
+        new_values.copy_(values)
+        all_keys, all_values = layer[:, :, :, :end].unbind()
+        return all_keys, all_values
 
     def grow(self, end: int) -> None:
         """Have room for `end` tokens in every layer."""

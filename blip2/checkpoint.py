@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from blip2.adapters import asked_for, put_on, strangeness
 from blip2.devices import half_precision
 from blip2.download import Watch
 from blip2.encoders import CallableEncoder
@@ -28,7 +29,7 @@ from blip2.novelty import Novelty, UnknownPictureError
 from blip2.novelty import read as read_novelty
 from blip2.packed import pack
 from blip2.placement import main_device, make_device_map, read_budget, spread
-from blip2.presets import DEFAULT, PRECISIONS, PRESETS
+from blip2.presets import PRECISIONS, PRESETS, Preset
 from blip2.processing import Processor
 from blip2.progress import quiet, watched
 from blip2.quantize import (
@@ -72,6 +73,7 @@ class Loaded:
         notes: sentences worth showing, such as what an older file lacks.
         offloaded: whether parts of the model lie elsewhere than on `device`: on other GPUs or the disk.
         novelty: tells pictures of a kind that the model does not know; None if it takes any.
+        adapter: the folder of the adapter that the model wears.
     """
 
     model: Blip2 | Blip2Representation
@@ -83,6 +85,18 @@ class Loaded:
     notes: list[str]
     novelty: Novelty | None = None
     offloaded: bool = False
+    adapter: Path | None = None
+
+    @property
+    def preset(self) -> Preset | None:
+        """The embedded or released checkpoint that this is, or that an adapter is on; None for others."""
+        return PRESETS.get(self.name.partition("+")[0] if self.adapter else self.name)
+
+    @property
+    def caption_prompt(self) -> str:
+        """What its captions go on from, as it was fine-tuned or released; "" for most."""
+        usual = self.preset.prompt if self.preset else ""
+        return str(getattr(self.model.config, "caption_prompt", usual))
 
     def check_known(self, image: ImageFeatures) -> None:
         """Refuse pictures, encoded by this model, of a kind that it does not know.
@@ -97,7 +111,7 @@ class Loaded:
 
 
 def load(
-    name_or_path: str | Path = DEFAULT,
+    name_or_path: str | Path | None = None,
     *,
     precision: str = "auto",
     device: str | torch.device = "auto",
@@ -114,7 +128,8 @@ def load(
 
     Args:
         name_or_path: an embedded or released checkpoint's name (`blip2.PRESETS`), a folder, or a Hub id. What
-            the cache holds is used as it is, without asking the Hub again.
+            the cache holds is used as it is, without asking the Hub again. An adapter's folder stands for the
+            model it was trained on, with the adapter. None is that of `adapter`, else the embedded default.
         precision: "float32", "bfloat16", "float16", "int8", "nf4"; "auto" is float32 below 100 million
             parameters, or what a folder was saved in, else bfloat16 where the device computes in it. float16
             keeps the Q-Former, the queries and Flan-T5's `wo` in float32; int8 and nf4 quantize the language
@@ -127,7 +142,7 @@ def load(
         offload_folder: keep what `max_memory` does not allow on the disk, in this folder, as long as the
             model lives. It is read again for every token.
         revision: a branch, tag or commit of a Hub repository.
-        adapter: a folder with a LoRA adapter (peft), put on top.
+        adapter: a folder with a LoRA adapter, of `train.lora` or peft, which the model then wears.
         local_files_only: never download.
         check_memory: refuse a model that the free memory does not hold.
         watch: told how many tensors are in place, of how many; to cancel, it raises.
@@ -139,21 +154,24 @@ def load(
     """
     if precision != "auto" and precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: choose auto, {', '.join(PRECISIONS)}")
+    name_or_path, worn = asked_for(name_or_path, adapter)
     budget = None if max_memory is None else read_budget(max_memory)
     if offload_folder is not None and budget is None:
         raise ValueError("offload_folder goes with max_memory, which says what may stay in memory")
-    if adapter is not None and budget is not None:
+    if worn is not None and budget is not None:
         raise ValueError("an adapter needs a model in one piece: leave out max_memory")
     where = main_device(budget, device)
     kept = "float32" if quantize_vision else precision  # a small folder has the encoder in 16 bits
     name, folder = locate(name_or_path, revision=revision, local_files_only=local_files_only, precision=kept)
     layout = read_layout(folder)
+    if worn is not None and layout.stage1:
+        raise CheckpointError(f"{name} scores texts: adapters go on models that make captions and answers")
     precision = choose_precision(precision, layout, where, quantize_vision)
     processor = Processor.from_pretrained(folder, layout.config, local_files_only=True)
     if layout.config.image_token_index is None and not layout.stage1:
         # Early revisions lack it; newer ones appended <image> at the first free id.
         layout.config.image_token_index = _image_token(processor)
-    if budget is None and device == "auto" and adapter is None:
+    if budget is None and device == "auto" and worn is None:
         budget = spread(layout, precision, where, quantize_vision)
     device_map: dict[str, Any] = {"": where}
     if budget is not None:
@@ -165,19 +183,19 @@ def load(
         with watched(watch):
             model = _load_model(layout, precision, device_map, where, quantize_vision, scratch)
         weakref.finalize(model, _remove, scratch)
-    if adapter is not None:
-        if not (Path(adapter) / "adapter_config.json").is_file():
-            raise CheckpointError(
-                f"{adapter} holds no adapter_config.json: an adapter is a folder that peft saved"
-            )
-        model.load_adapter(str(adapter))
-    elif budget is None:  # accelerate moves the weights of models in pieces
+    if worn is not None:
+        put_on(model, worn, name)
+    if budget is None:  # accelerate moves the weights of models in pieces
         pack(model)
     novelty = read_novelty(folder, layout.config.qformer_config.encoder_hidden_size)
     notes, offloaded = _notes(layout, precision), len(set(device_map.values())) > 1
     if name in PRESETS and folder in PRESETS[name].small_folders():
         notes.append(f"{name} is read from {folder}, which `blip2 download --precision` wrote")
-    return Loaded(model.eval(), processor, name, precision, where, folder, notes, novelty, offloaded)
+    loaded = Loaded(model.eval(), processor, name, precision, where, folder, notes, novelty, offloaded)
+    if worn is not None:
+        loaded.name, loaded.adapter = f"{name}+{worn.name}", worn.folder
+        notes += strangeness(worn, folder)
+    return loaded
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from .cache import KeyValues
 from .language import Bridge
-from .packed import PackedLinear
+from .packed import PackedLinear, activated
 from .static import StaticStep, static_step, wanted
 
 
@@ -170,8 +170,8 @@ def read_opt(model: Any, embeds: Tensor, positions: Tensor, past: Any, mask: Ten
         keys, values = past.write(index, k, v)
         attended = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, mask, is_causal=causal)
         hidden = hidden + attention.out_proj(attended.transpose(1, 2).flatten(2).to(hidden.dtype))
-        wide = layer.fc1(layer.final_layer_norm(hidden))
-        hidden = hidden + layer.fc2(layer.activation_fn(wide))
+        wide = activated(layer.fc1, layer.activation_fn, layer.final_layer_norm(hidden))
+        hidden = hidden + layer.fc2(wide)
     return model.lm_head(decoder.final_layer_norm(hidden[:, -1])).float()
 
 

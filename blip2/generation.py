@@ -4,6 +4,7 @@ B rows, Q queries, T text tokens. A caller can stop greedy and nucleus decoding 
 key-value cache to the next turn; beams are in `blip2.beams`.
 """
 
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,8 +15,8 @@ from torch import Tensor
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
+    LogitsProcessor,
     LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -98,7 +99,7 @@ def decode(
     if copies > 1:
         decoder.repeat(copies)
     ends, pad = ending(model, decoder.logits.device)
-    processors = _processors(generation, ends.tolist(), ends.device, avoid)
+    processors = _processors(generation, ends, avoid)
     try:
         yield from _tokens(decoder, generation, ends, pad, processors, cache)
     finally:
@@ -187,19 +188,28 @@ def ending(model: Blip2, device: torch.device) -> tuple[Tensor, int]:
     return ends, config.pad_token_id if config.pad_token_id is not None else int(ends[0])
 
 
+class MinNewTokens(LogitsProcessor):
+    """No end before so many tokens; transformers' own goes over the vocabulary at every token after, too."""
+
+    def __init__(self, count: int, ends: Tensor):
+        self.count, self.ends = count, ends
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """input_ids: int (N, tokens so far); scores: float (N, vocabulary)."""
+        return scores if input_ids.shape[1] >= self.count else scores.index_fill(1, self.ends, -math.inf)
+
+
 def _processors(
-    generation: Generation, ends: list[int], device: Any, avoid: list[list[int]] | None = None
+    generation: Generation, ends: Tensor, avoid: list[list[int]] | None = None
 ) -> LogitsProcessorList:
     """What changes the scores before a token is chosen, in the order transformers applies it."""
     processors = LogitsProcessorList()
     if generation.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(generation.repetition_penalty))
     if avoid:
-        processors.append(NoBadWordsLogitsProcessor(avoid, ends))
+        processors.append(NoBadWordsLogitsProcessor(avoid, ends.tolist()))
     if generation.min_new_tokens:
-        processors.append(
-            MinNewTokensLengthLogitsProcessor(0, generation.min_new_tokens, ends, device=device)
-        )
+        processors.append(MinNewTokens(generation.min_new_tokens, ends))
     if generation.method == "nucleus":
         processors.append(TemperatureLogitsWarper(float(generation.temperature)))
         processors.append(TopPLogitsWarper(generation.top_p))
@@ -265,7 +275,7 @@ def _search(
     """Beam search; see `decode` for the arguments and `beam_search` for what it returns."""
     decoder = read_prompt(model, image, text, generation, TextCache())
     ends, pad = ending(model, decoder.logits.device)
-    processors = _processors(generation, ends.tolist(), ends.device, avoid)
+    processors = _processors(generation, ends, avoid)
     return beam_search(decoder, generation, ends, pad, processors, stop.is_set)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
+from blip2.adapters import base_of, is_adapter, read_adapter
 from blip2.download import command, download
 from blip2.errors import CheckpointError
 from blip2.presets import resolve, suggestions
@@ -32,6 +33,13 @@ def locate(
     text = str(name_or_path)
     path = Path(text).expanduser()
     if path.is_dir():
+        if is_adapter(path):  # the files are those of the model it was trained on
+            return locate(
+                base_of(read_adapter(path)),
+                revision=revision,
+                local_files_only=local_files_only,
+                precision=precision,
+            )
         return path.resolve().name, path
     if path.is_file():
         raise CheckpointError(

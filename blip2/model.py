@@ -63,11 +63,20 @@ class Blip2(Blip2Base):
     def freeze_language(self) -> None:
         """Freeze the language model: no gradients, eval mode for good (Sec. 3.3)."""
         self.language_frozen = True
+        if self.wears_adapter:  # which is in there, and all else is frozen
+            return
         self.language_model.requires_grad_(False)
         self.language_model.eval()
 
     def train(self, mode: bool = True) -> "Blip2":
-        """As `nn.Module.train`, except that frozen parts stay in eval mode."""
+        """As `nn.Module.train`, except that frozen parts stay in eval mode; under an adapter, all but it."""
+        if self.wears_adapter:
+            super().train(False)
+            for path, module in self.named_modules():
+                if path.endswith(".lora_dropout"):
+                    module.train(mode)
+            self.training = mode
+            return self
         super().train(mode)
         if self.language_frozen:
             self.language_model.eval()

@@ -14,7 +14,7 @@ import math
 import os
 import platform
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,7 @@ TOGETHER: tuple[tuple[str, ...], ...] = (
     ("wi_0", "wi_1"),
     ("gate_proj", "up_proj"),
 )
+POST: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 CROSS = ("EncDecAttention", "encoder_attn")
 
 
@@ -82,11 +83,11 @@ class Product:
                 layer.weight.data = nothing.expand_as(layer.weight)
 
     def __call__(self, input: Tensor, post: str = "none") -> Tensor:
-        """input: float (..., in) -> float (..., out of all layers), through the exact "gelu" if wanted."""
+        """input: float (..., in) -> float (..., out of all layers), through "relu" or the exact "gelu"."""
         shape, rows = input.shape, input.numel() // self.in_features
         if self.weight is not None and (rows < self.few or self.blocks is None):
             output = F.linear(input, self.weight, self.bias)
-            return F.gelu(output) if post == "gelu" else output
+            return POST[post](output) if post in POST else output
         if rows == 1:
             input = input.reshape(1, self.in_features).expand(self.few, -1)  # quicker than zeros
         elif rows < self.few:
@@ -150,10 +151,12 @@ class PackedLinear(nn.Linear):
 
 
 def activated(layer: nn.Module, activation: nn.Module, input: Tensor) -> Tensor:
-    """activation(layer(input)); the exact GELU, a tenth of a ViT in float32, within the product."""
-    exact = isinstance(activation, GELUActivation) and activation.act is F.gelu
-    if exact and isinstance(layer, PackedLinear) and not torch.is_grad_enabled():
-        return layer.product(input, "gelu")
+    """activation(layer(input)); ReLU and the exact GELU, a tenth of a ViT in float32, within the product."""
+    post = "relu" if isinstance(activation, nn.ReLU) else ""
+    if isinstance(activation, GELUActivation) and activation.act is F.gelu:
+        post = "gelu"
+    if post and isinstance(layer, PackedLinear) and not torch.is_grad_enabled():
+        return layer.product(input, post)
     return activation(layer(input))
 
 

@@ -52,9 +52,10 @@ def save(
         CheckpointError: `folder` is a file, or holds other things than one; the model wears an adapter, or
             not all of it is in memory.
     """
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if model.wears_adapter:
         raise CheckpointError(
-            "this model wears an adapter, which has no place in a checkpoint: save it with peft, or merge it"
+            "this model wears an adapter, which has no place in a checkpoint: save it with peft, or fold it "
+            "in with blip2.adapters.merge"
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise CheckpointError(

@@ -31,10 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or broken.
     """
     if not path.is_file():
-        hint = ""
-        if (path.parent / "adapter_config.json").is_file():
-            hint = ": this is an adapter, load the model it was trained on and pass this folder as `adapter`"
-        raise CheckpointError(f"{path.parent} holds no {path.name}{hint}")
+        raise CheckpointError(f"{path.parent} holds no {path.name}")
     try:
         contents = json.loads(path.read_text("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

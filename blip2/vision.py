@@ -72,6 +72,22 @@ class PatchEmbeddings(nn.Module):
             3, width, self.patch_size, self.patch_size, bias=getattr(config, "patch_bias", True)
         )
 
+    @torch.no_grad()
+    def resize(self, image_size: int) -> None:
+        """Take images of another size, pixels; the positions are interpolated once and then learned anew.
+
+        Raises:
+            ValueError: the size is no multiple of the patches'.
+        """
+        if image_size < self.patch_size or image_size % self.patch_size:
+            raise ValueError(f"image_size {image_size} is no multiple of patch_size {self.patch_size}")
+        if image_size == self.image_size:
+            return
+        side = image_size // self.patch_size
+        positions = interpolate_positions(self.position_embedding, side, side, self.align_corners)
+        self.position_embedding = nn.Parameter(positions.contiguous())
+        self.image_size = image_size
+
     def forward(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
         """pixel_values: float (B, 3, S, S) -> float (B, P, V)."""
         height, width = pixel_values.shape[-2:]
@@ -150,11 +166,19 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config)
+        self.drop_path = 0.0  # see `VisionTransformer.set_drop_path`
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: float (B, P, V), to the same."""
-        hidden = hidden + self.self_attn(self.layer_norm1(hidden))
-        return hidden + self.mlp(self.layer_norm2(hidden))
+        hidden = hidden + self._branch(self.self_attn(self.layer_norm1(hidden)))
+        return hidden + self._branch(self.mlp(self.layer_norm2(hidden)))
+
+    def _branch(self, added: Tensor) -> Tensor:
+        """What a branch adds; in training with stochastic depth, to some of the pictures only."""
+        if not self.training or self.drop_path == 0:
+            return added
+        kept = added.new_empty(len(added), 1, 1).bernoulli_(1 - self.drop_path)
+        return added * kept / (1 - self.drop_path)
 
 
 class Encoder(nn.Module):
@@ -232,3 +256,21 @@ class VisionTransformer(ImageEncoder):
     def tokens(self, pixel_values: Tensor, interpolate: bool = False) -> Tensor:
         """pixel_values: float (B, 3, S, S) -> float (B, P, V), before `post_layernorm`."""
         return self.encoder(self.pre_layernorm(self.embeddings(pixel_values, interpolate)))
+
+    def resize(self, image_size: int) -> None:
+        """Take images of `image_size` pixels a side from now on, as fine-tuning does. Paper: Tables 7 to 9.
+
+        Raises:
+            ValueError: the size is no multiple of the patches'.
+        """
+        self.embeddings.resize(image_size)
+        self.config.image_size = image_size
+
+    def set_drop_path(self, rate: float) -> None:
+        """Stochastic depth (arXiv 1603.09382) in training: the chance that a block leaves a picture alone.
+
+        It rises evenly from 0 at the first block to `rate` at the last; the paper's settings are all 0.
+        """
+        for number, layer in enumerate(self.encoder.layers):
+            assert isinstance(layer, Block)
+            layer.drop_path = rate * number / max(1, len(self.encoder.layers) - 1)

@@ -20,6 +20,7 @@ LAYERS = [
     {"base", "vision", "encoders", "qformer", "language", "packed"},
     {"representation", "model"},
     {
+        "adapters",
         "images",
         "processing",
         "checkpoint",

@@ -3,7 +3,8 @@
     python -m train.pretrain stage1-vitg --folder my/pictures
     python -m train.pretrain stage2-opt-2-7b --folder my/pictures --start-from runs/stage1-vitg-pictures/model
 
-The folder holds shards (docs/data.md), or a .csv or .jsonl beside its images, which is made into shards once.
+The folder holds shards (docs/data.md), or images and a .csv, a .jsonl or texts of their names, which are made
+into shards once.
 A `source.json` in it says how it is read: the fields of `train.datasets.Source`.
 """
 
@@ -13,11 +14,13 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any, TypeVar
 
 from train import distributed
 from train.datasets import Shards, Source
-from train.recipes import Recipe, RecipeError
+from train.recipes import RecipeError, Run
 
+R = TypeVar("R", bound=Run)
 EPOCHS = 10  # as LAVIS's public configurations on COCO and Visual Genome
 BATCHES = 40  # at least in an epoch: smaller data sets get smaller batches
 LEAST = 32  # pairs in a batch; ITC has as many candidates
@@ -25,7 +28,7 @@ HELD_OUT = 0.05  # of the pairs, for the probe, where the folder has no val spli
 AT_MOST = 1000
 
 
-def domain(recipe: Recipe, folder: str | Path, source: Source | None = None) -> Recipe:
+def domain(recipe: R, folder: str | Path, source: Source | None = None) -> R:
     """A recipe for the data in a folder, its steps and learning rate scaled to how much there is.
 
     Ten epochs, but no more steps than the recipe has; batches that an epoch has at least 40 of; the learning
@@ -33,8 +36,8 @@ def domain(recipe: Recipe, folder: str | Path, source: Source | None = None) -> 
     weights by the probe are saved. These rules are ours.
 
     Args:
-        recipe: of a stage; what it starts from, its losses and its machines stay.
-        folder: shards, or a .csv or .jsonl with `image` and `caption` and the images.
+        recipe: of a stage, or of fine-tuning; what it starts from, its losses and its machines stay.
+        folder: shards; or images, and a .csv or .jsonl with `image` and `caption` or a .txt beside each.
         source: how pictures and captions are read, by default as source.json in the folder says. Captions
             that tell left from right want `flip=0`; that count things or say where they are, `crop=1`.
 
@@ -58,8 +61,9 @@ def domain(recipe: Recipe, folder: str | Path, source: Source | None = None) -> 
     steps = min(fit.steps, max(100, EPOCHS * pairs // batch))
     scale = math.sqrt(batch / recipe.batch_size)
     often = max(10, steps // 20)
+    made: Any = recipe
     return dataclasses.replace(
-        recipe,
+        made,
         data=data,
         batch_size=batch,
         save="best",
@@ -74,22 +78,22 @@ def domain(recipe: Recipe, folder: str | Path, source: Source | None = None) -> 
 
 
 def _shards(folder: Path) -> Path:
-    """The folder itself, or the shards made of its table."""
+    """The folder itself, or the shards made of its table or texts."""
     if not folder.is_dir():
         raise RecipeError(f"there is no folder {folder}")
     made = folder / "shards"
     if not made.exists() and any(folder.glob("**/*.tar")):
         return folder
-    tables = sorted([*folder.glob("*.csv"), *folder.glob("*.jsonl")])
-    if len(tables) != 1:
-        found = ", ".join(path.name for path in tables) or "none"
-        raise RecipeError(f"{folder} needs shards (.tar), or one .csv or .jsonl; it has {found}")
     if not (made / ".nv-meta" / "dataset.yaml").exists():
         if distributed.promised() > 1:
-            raise RecipeError(f"run `python -m train.data prepare pairs {tables[0]} {made}` first, once")
+            raise RecipeError(f"run `python -m train.data prepare pairs {folder} {made}` first, once")
         from train.data import prepare  # energon takes seconds to import
+        from train.data.records import AnnotationError
 
-        prepare.own(tables[0], made, HELD_OUT, AT_MOST)
+        try:
+            prepare.own(folder, made, HELD_OUT, AT_MOST)
+        except AnnotationError as error:
+            raise RecipeError(f"no shards (.tar), nor what they are made of: {error}") from error
     return made
 
 

@@ -17,7 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from blip2.encoders import AutoVisionEncoder
 from blip2.model import Blip2
+from blip2.representation import Blip2Representation
+from blip2.vision import VisionTransformer
 from train import distributed
 from train.objectives import Objective
 from train.recipes import Execution
@@ -32,12 +35,11 @@ def prepare(objective: Objective, execution: Execution, device: torch.device) ->
     model = objective.model
     language_model = model.language_model if isinstance(model, Blip2) else None
     if execution.checkpointing:
-        recompute(model.qformer.encoder.layers)
-        if language_model is not None:
-            recompute(blocks(language_model))
+        recompute(layers(model))
     if execution.shard_language_model and language_model is not None:
         split(language_model, device)
-    compiled = device.type == "cuda" if execution.compile is None else execution.compile
+    frozen_on_gpu = device.type == "cuda" and model.vision_model.frozen
+    compiled = frozen_on_gpu if execution.compile is None else execution.compile
     if compiled:
         encoder = model.vision_model
         encoder.tokens = torch.compile(encoder.tokens)  # type: ignore[method-assign]
@@ -47,10 +49,21 @@ def prepare(objective: Objective, execution: Execution, device: torch.device) ->
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, frozen)
 
 
-def blocks(language_model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of a language model, of its encoder and decoder where it has both."""
-    names = set(language_model._no_split_modules or ())
-    return [module for module in language_model.modules() if type(module).__name__ in names]
+def layers(model: Blip2Representation | Blip2) -> list[nn.Module]:
+    """The layers that gradients pass through: the Q-Former's, an LLM's, and those of a trained encoder."""
+    found: list[nn.Module] = [*model.qformer.encoder.layers]
+    encoder = model.vision_model
+    if not encoder.frozen and isinstance(encoder, VisionTransformer):
+        found += encoder.encoder.layers
+    elif not encoder.frozen and isinstance(encoder, AutoVisionEncoder):
+        found += blocks(encoder.model)
+    return found + (blocks(model.language_model) if isinstance(model, Blip2) else [])
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a model of transformers, of its encoder and decoder where it has both."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def recompute(modules: Iterable[nn.Module]) -> None:

@@ -9,6 +9,7 @@ Legend: B pairs of this process, split into parts; W processes, G = W * B pairs 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from blip2.model import Blip2
 from blip2.representation import Blip2Representation, own_pairs, sample_hard_negatives, select
+from blip2.vision import ImageFeatures
 from train import distributed
 from train.loader import Batch
 
@@ -29,12 +31,19 @@ class Objective(nn.Module):
     Args:
         model: what is trained, and what is saved in the end.
         micro_batch_size: pairs that go through the model at a time; None: all of this process's.
+        train_vision: whether the image encoder learns too, as in fine-tuning; else it is frozen.
     """
 
-    def __init__(self, model: Blip2Representation | Blip2, micro_batch_size: int | None = None):
+    def __init__(
+        self,
+        model: Blip2Representation | Blip2,
+        micro_batch_size: int | None = None,
+        train_vision: bool = False,
+    ):
         super().__init__()
         self.model, self.micro_batch_size = model, micro_batch_size
-        model.freeze_vision()
+        if not train_vision:
+            model.freeze_vision()
 
     def split(self, batch: Batch, step: int, seed: int = 0) -> list[Batch]:
         """The parts of a training batch, each to be handed to `forward`; collective over processes.
@@ -47,12 +56,18 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def _with_hidden(self, batch: Batch) -> Batch:
-        """The batch with `image_hidden`, the frozen encoder's output, in place of pixels, and no gradient."""
-        if "image_hidden" in batch:
+        """The batch with `image_hidden`, a frozen encoder's output, in place of pixels, and no gradient."""
+        if "image_hidden" in batch or not self.model.vision_model.frozen:
             return batch
         rest = {name: value for name, value in batch.items() if name != "pixel_values"}
         with torch.no_grad():
             return {**rest, "image_hidden": self.model.vision_model.encode(batch["pixel_values"])}
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """The encoder's output; with gradients where it learns."""
+        if "image_hidden" in batch:
+            return batch["image_hidden"]
+        return self.model.vision_model.encode(batch["pixel_values"])
 
     def _embeds(self, hidden: Tensor) -> Tensor:
         """image_embeds (B, P, V): `post_layernorm` is trained, so it is not a part of the frozen encoder."""
@@ -82,6 +97,9 @@ class Stage1(Objective):
     come from the whole global batch in any case. The encoder's output is gathered without gradient and
     normalized where it is used: as the encoder is frozen, that gives `post_layernorm` the gradient that a
     differentiable gather would, and moves half-precision numbers.
+
+    Where the encoder learns (fine-tuning), the gradient goes through ITM's negative pictures, too: those of
+    other processes are gathered with gradient, as in LAVIS; in parts, negative pictures are encoded again.
     """
 
     model: Blip2Representation
@@ -91,8 +109,9 @@ class Stage1(Objective):
         model: Blip2Representation,
         objectives: Sequence[str] = (ITC, ITM, ITG),
         micro_batch_size: int | None = None,
+        train_vision: bool = False,
     ):
-        super().__init__(model, micro_batch_size)
+        super().__init__(model, micro_batch_size, train_vision)
         self.objectives = tuple(objectives)
 
     def split(self, batch: Batch, step: int, seed: int = 0) -> list[Batch]:
@@ -119,37 +138,47 @@ class Stage1(Objective):
             torch.manual_seed(part["dropout_seed"])
             with torch.no_grad():
                 pairs = self.model.read_pairs(
-                    self._embeds(part["image_hidden"]), part["input_ids"], part["attention_mask"]
+                    self._embeds(self._hidden(part)), part["input_ids"], part["attention_mask"]
                 )
             image_feats.append(pairs.image_feats)
             text_feats.append(pairs.text_feats)
         with torch.enable_grad():
             images, texts = (torch.cat(feats).requires_grad_() for feats in (image_feats, text_feats))
-            loss, positive, similarities = self._itc(images, texts)
+            loss, positive, similarities = self._itc(images, texts, batch.get("image_ids"))
             wanted = (images, texts, self.model.temperature)
             of_images, of_texts, of_temperature = torch.autograd.grad(loss, wanted)
         negatives = sample_hard_negatives(*similarities, positive, torch.cat([p["draws"] for p in parts]).T)
         accuracy = _itc_accuracy(similarities, positive)
         shares = [of_images, of_texts, *negatives]
-        pool = self._pool(batch)
+        pool = self._pool(batch, "image_hidden" if "image_hidden" in batch else "pixel_values")
         size = len(parts[0]["input_ids"])
         for number, part in enumerate(parts):
             own = slice(number * size, (number + 1) * size)
             part["cached"] = (
                 [share[own] for share in shares], of_temperature / len(parts), loss.detach(), accuracy, pool
             )  # fmt: skip
-            part["share"] = 1 / len(parts)
+            part["has_negative"], part["share"] = ~positive[own].all(dim=1), 1 / len(parts)
 
-    def _itc(self, image_feats: Tensor, text_feats: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """The loss, which pairs are positive, and the logits, on all features of this process."""
+    def _itc(
+        self, image_feats: Tensor, text_feats: Tensor, ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """The loss, which pairs are positive, and the logits, on all features of this process.
+
+        Rows with the same one of `ids`, int (B,), show the same picture: all are positive.
+        """
         local, world = len(image_feats), distributed.world_size()
-        positive = own_pairs(local, local * world, distributed.rank(), image_feats.device)
-        loss, *similarities = self.model.itc(image_feats, text_feats, positive, distributed.gather)
+        if ids is None:
+            positive = own_pairs(local, local * world, distributed.rank(), image_feats.device)
+        else:
+            positive = ids[:, None] == distributed.gather(ids)[None, :]
+        loss, *similarities = self.model.itc(
+            image_feats, text_feats, positive, distributed.gather, soft=ids is not None
+        )
         return loss, positive, (similarities[0], similarities[1])
 
-    def _pool(self, batch: Batch) -> dict[str, Tensor]:
-        """What negatives are taken from: the global batch's encoder outputs and texts."""
-        names = ("image_hidden", "input_ids", "attention_mask")
+    def _pool(self, batch: Batch, *pictures: str) -> dict[str, Tensor]:
+        """What negatives are taken from: the global batch's texts, and what `pictures` names."""
+        names = (*pictures, "input_ids", "attention_mask")
         return {name: distributed.gather(batch[name]) for name in names}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -162,28 +191,38 @@ class Stage1(Objective):
         if "dropout_seed" in batch:
             torch.manual_seed(batch["dropout_seed"])
         ids, mask, share = batch["input_ids"], batch["attention_mask"], batch.get("share", 1.0)
-        pairs = self.model.read_pairs(self._embeds(batch["image_hidden"]), ids, mask)
+        embeds = self._embeds(self._hidden(batch))
+        pairs = self.model.read_pairs(embeds, ids, mask)
         if "cached" in batch:
             (of_images, of_texts, text, image), of_temperature, value, accuracy, pool = batch["cached"]
             carried = (pairs.image_feats * of_images).sum() + (pairs.text_feats * of_texts).sum()
             carried = carried + self.model.temperature * of_temperature
             loss_itc = carried - carried.detach() + value * share
+            has_negative = batch["has_negative"]
         else:
-            loss_itc, positive, similarities = self._itc(pairs.image_feats, pairs.text_feats)
+            loss_itc, positive, similarities = self._itc(
+                pairs.image_feats, pairs.text_feats, batch.get("image_ids")
+            )
             draws = batch["draws"].T if "draws" in batch else None
             with torch.no_grad():
                 text, image = sample_hard_negatives(*similarities, positive, draws)
-            accuracy, pool = _itc_accuracy(similarities, positive), self._pool(batch)
-        if distributed.is_distributed() or "cached" in batch:
-            negatives = self.model.qformer.project_image(self._embeds(pool["image_hidden"][image]))
-        else:  # all images are here, and their keys and values are known
-            negatives = select(pairs.image_key_values, image)
-        alone = len(pool["input_ids"]) == 1  # a single pair has no negative
+            accuracy, has_negative = _itc_accuracy(similarities, positive), ~positive.all(dim=1)
+            pool = self._pool(batch, *(name for name in ("image_hidden",) if name in batch))
+        if not distributed.is_distributed() and "cached" not in batch:
+            negatives = select(pairs.image_key_values, image)  # all images are here, read already
+        else:
+            if "image_hidden" in pool:
+                negative = self._embeds(pool["image_hidden"][image])
+            elif "pixel_values" in pool:
+                negative = self._embeds(self._hidden({"pixel_values": pool["pixel_values"][image]}))
+            else:
+                negative = distributed.gather_with_grad(embeds)[image]
+            negatives = self.model.qformer.project_image(negative)
         loss_itm, logits = self.model.itm(
             (pairs.image_key_values, negatives),
             (ids, pool["input_ids"][text]),
             (mask, pool["attention_mask"][text]),
-            has_negative=torch.full_like(text, not alone, dtype=torch.bool),
+            has_negative=has_negative,
         )
         matches = torch.arange(len(logits), device=logits.device) < len(ids)
         itm_accuracy = ((logits[:, 1] > logits[:, 0]) == matches).float().mean()
@@ -200,9 +239,9 @@ class Stage1(Objective):
 
 
 def _itc_accuracy(similarities: tuple[Tensor, Tensor], positive: Tensor) -> Tensor:
-    """How often the own text or image is the closest of the global batch."""
-    own = positive.int().argmax(1)
-    return torch.stack([(sim.argmax(1) == own).float().mean() for sim in similarities]).mean()
+    """How often a text or image of the own pair is the closest of the global batch."""
+    found = [positive.gather(1, sim.argmax(1, keepdim=True)) for sim in similarities]
+    return torch.cat(found).float().mean()
 
 
 def _token_weights(tokens: Tensor) -> Tensor:
@@ -215,13 +254,42 @@ def _token_weights(tokens: Tensor) -> Tensor:
     return tokens * (distributed.world_size() / total)
 
 
+class Retrieval(Stage1):
+    """Retrieval fine-tuning (Sec. 4.4): stage 1's losses where several captions describe one picture.
+
+    A batch names the picture of each row in `images`. In ITC all pairs of a picture share its target, and ITM
+    never takes one of them for a mismatch [C].
+    """
+
+    def split(self, batch: Batch, step: int, seed: int = 0) -> list[Batch]:
+        """See `Objective.split`."""
+        return super().split(_with_ids(batch), step, seed)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """See `Stage1.forward`."""
+        return super().forward(_with_ids(batch))
+
+
+def _with_ids(batch: Batch) -> Batch:
+    """The batch with `image_ids`, int (B,), made of the pictures' names: the same on every process."""
+    if "image_ids" in batch:
+        return batch
+    digests = [hashlib.blake2b(name.encode(), digest_size=8).digest() for name in batch["images"]]
+    numbers = [int.from_bytes(digest, "little", signed=True) for digest in digests]
+    return {**batch, "image_ids": torch.tensor(numbers, device=batch["input_ids"].device)}
+
+
 class Stage2(Objective):
-    """Vision-to-language generative learning: the frozen LLM's loss on captions after the queries."""
+    """Vision-to-language generative learning: the frozen LLM's loss on text after the queries.
+
+    Captions in pre-training; captions or answers after a prompt in fine-tuning, where the labels of the
+    prompt are -100. A Q-Former that reads the question gets it beside the queries.
+    """
 
     model: Blip2
 
-    def __init__(self, model: Blip2, micro_batch_size: int | None = None):
-        super().__init__(model, micro_batch_size)
+    def __init__(self, model: Blip2, micro_batch_size: int | None = None, train_vision: bool = False):
+        super().__init__(model, micro_batch_size, train_vision)
         model.freeze_language()
 
     def split(self, batch: Batch, step: int, seed: int = 0) -> list[Batch]:
@@ -240,12 +308,15 @@ class Stage2(Objective):
             batch: pixel_values or image_hidden, and the tokens of `decoder_tokens` or `prefix_tokens`.
         """
         batch = self._with_hidden(batch)
+        embeds = self._embeds(self._hidden(batch))
+        question = {name: batch[name] for name in batch if name.startswith("qformer_")}
         output = self.model(
-            image=self.model.read_image(self._embeds(batch["image_hidden"])),
+            image=ImageFeatures(embeds) if question else self.model.read_image(embeds),
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
             labels=batch["labels"],
             check_image_tokens=False,
             use_cache=False,  # a cache would be filled twice where activations are recomputed
+            **question,
         )
         return {"loss_lm": output.loss * batch["weight"] if "weight" in batch else output.loss}

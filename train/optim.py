@@ -32,10 +32,11 @@ def learning_rate(step: int, *, total: int, peak: float, floor: float = 0.0, war
 def layer_scale(name: str, num_layers: int, decay: float) -> float:
     """Factor on the learning rate of an image-encoder parameter; 1 for every other parameter.
 
-    The embeddings get decay^(num_layers + 1), block i gets decay^(num_layers - i), so the last block gets
-    decay^1. `post_layernorm` is trained from nothing in both stages and is not scaled.
+    The embeddings, and the norm that CLIP has behind them, get decay^(num_layers + 1), block i gets
+    decay^(num_layers - i), so the last block gets decay^1. `post_layernorm` is trained from nothing in both
+    stages and is not scaled.
     """
-    if re.search(r"(^|\.)vision_model\.embeddings\.", name):
+    if re.search(r"(^|\.)vision_model\.(embeddings|pre_layernorm)\.", name):
         return decay ** (num_layers + 1)
     block = re.search(r"(^|\.)vision_model\.encoder\.layers\.(\d+)\.", name)
     return decay ** (num_layers - int(block[2])) if block else 1.0

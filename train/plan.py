@@ -28,7 +28,7 @@ import torch
 
 from train.count import Counts, count
 from train.datasets import Shards
-from train.recipes import RECIPES, Execution, Recipe, RecipeError
+from train.recipes import RECIPES, Execution, RecipeError, Run
 from train.shapes import batch, build, parts, sizes
 
 PEAK = {
@@ -55,7 +55,7 @@ class Plan:
     """
 
     name: str
-    recipe: Recipe
+    recipe: Run
     execution: Execution
     gpu: str
     gpus: int
@@ -94,7 +94,8 @@ class Plan:
         words = [f"torchrun --nproc-per-node {self.gpus}"]
         words += [f"--nnodes {self.nodes} --rdzv-backend c10d --rdzv-endpoint $HOST:29500"] * (self.nodes > 1)
         words += ["--standalone"] * (self.nodes == 1)
-        words += [f"-m train.pretrain {self.name} --micro-batch-size {self.execution.micro_batch_size}"]
+        micro = self.execution.micro_batch_size
+        words += [f"-m {self.recipe.program} {self.name} --micro-batch-size {micro}"]
         words += ["--checkpointing"] * self.execution.checkpointing
         words += ["--shard-language-model"] * self.execution.shard_language_model
         if self.execution.language_precision in ("int8", "nf4"):
@@ -113,7 +114,7 @@ class Plan:
             f"; recomputing: {_yes(self.execution.checkpointing)}"
             f"; language model sharded: {_yes(self.execution.shard_language_model)}",
             f"  memory a GPU   {self.total_memory / 1e9:.1f} GB, of which",
-            *(f"                 {size / 1e9:6.1f}  {what}" for what, size in self.memory.items()),
+            *(f"                 {size / 1e9:6.1f}  {what}" for what, size in self.memory.items() if size),
             f"  work           {self.flops_per_pair / 1e12:.2f} TFLOP a pair",
             f"  speed          {1 / self.seconds:.2f} steps/s at {self.mfu:.0%} of the peak; "
             f"{local / self.seconds:.0f} images/s have to be read for each GPU",
@@ -134,7 +135,7 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _epochs(recipe: Recipe) -> str:
+def _epochs(recipe: Run) -> str:
     if not isinstance(recipe.data, Shards):
         return ""
     images = sum(recipe.data.weights.values())
@@ -142,7 +143,7 @@ def _epochs(recipe: Recipe) -> str:
 
 
 def plan(
-    recipe: Recipe,
+    recipe: Run,
     name: str = "RECIPE",
     *,
     gpus: int = 8,
@@ -196,7 +197,7 @@ def _micro(fitting: tuple[Execution, Counts, dict[str, float]]) -> int:
     return fitting[0].micro_batch_size or 0
 
 
-def _variants(recipe: Recipe, world: int) -> list[Execution]:
+def _variants(recipe: Run, world: int) -> list[Execution]:
     """Ways to run, the quickest first."""
     given = recipe.execution
     shards = [given.shard_language_model]
@@ -211,7 +212,7 @@ def _variants(recipe: Recipe, world: int) -> list[Execution]:
 
 
 def _largest(
-    recipe: Recipe, chosen: Execution, local: int, world: int, limit: float
+    recipe: Run, chosen: Execution, local: int, world: int, limit: float
 ) -> tuple[Execution, Counts, dict[str, float]] | None:
     """The largest micro batch that fits; memory grows evenly with it, so few have to be counted."""
     given = chosen.micro_batch_size
@@ -236,7 +237,7 @@ def _largest(
 _known: dict[Any, Any] = {}  # what is the same on other machines is counted once
 
 
-def _count(recipe: Recipe, chosen: Execution, local: int, world: int) -> Counts:
+def _count(recipe: Run, chosen: Execution, local: int, world: int) -> Counts:
     same = dataclasses.replace(chosen, shard_language_model=False, workers=0)
     key = (*parts(recipe), recipe.max_text_length, recipe.fit.precision, str(same), local, world)
     if key not in _known:
@@ -248,7 +249,7 @@ def _count(recipe: Recipe, chosen: Execution, local: int, world: int) -> Counts:
     return _known[key]
 
 
-def _memory(recipe: Recipe, chosen: Execution, counts: Counts, world: int) -> dict[str, float]:
+def _memory(recipe: Run, chosen: Execution, counts: Counts, world: int) -> dict[str, float]:
     numbers = sizes(recipe)
     memory = {"image encoder, frozen": numbers["vision"] * BYTES[chosen.vision_precision]}
     if recipe.stage == 2:
@@ -264,7 +265,7 @@ def _memory(recipe: Recipe, chosen: Execution, counts: Counts, world: int) -> di
     }
 
 
-def work_per_pair(recipe: Recipe, processes: int, device: torch.device) -> float | None:
+def work_per_pair(recipe: Run, processes: int, device: torch.device) -> float | None:
     """Seconds that a pair would take this GPU at its peak; None where the peak is not known."""
     if device.type != "cuda":
         return None

@@ -14,7 +14,7 @@ import itertools
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -210,20 +210,42 @@ def run(recipe: Recipe, name: str = "custom", stop_requested: Callable[[], bool]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 0: trained, or stopped by a signal; 1: training failed; 2: it could not start."""
+    return launch("train.pretrain", RECIPES, run, {"smoke": smoke}, FLAGS, arguments)
+
+
+def launch(
+    program: str,
+    recipes: Mapping[str, Callable[[], Any]],
+    run: Callable[[Any, str, Callable[[], bool]], Result],
+    changes: Mapping[str, Callable[[Any, str], Any]],
+    about: str,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """A command that trains a recipe: `main` of pre-training, and of fine-tuning.
+
+    Args:
+        program: module that `python -m` runs.
+        recipes: by name; their docstrings are the help.
+        run: trains one: recipe, its name, whether to stop.
+        changes: flag -> what it makes of a recipe, given its name.
+        about: the flags, for the help.
+        arguments: by default those of the process.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    flags, rest = _take_flags(arguments)
+    flags, rest = _take_flags(arguments, changes)
     machines, rest = plan.take_options(rest) if flags.plan else ({}, rest)
-    recipes = {name: (make.__doc__ or "", make()) for name, make in RECIPES.items()}
-    name = next((word for word in rest if word in recipes), "")
+    made = {name: (make.__doc__ or "", make()) for name, make in recipes.items()}
+    name = next((word for word in rest if word in made), "")
     try:
-        if name and flags.smoke:
-            recipes[name] = (recipes[name][0], smoke(recipes[name][1], name))
+        for flag, change in changes.items():
+            if name and getattr(flags, flag):
+                made[name] = (made[name][0], change(made[name][1], name))
         if name and flags.folder is not None:
-            recipes[name] = (recipes[name][0], domain(recipes[name][1], flags.folder))
+            made[name] = (made[name][0], domain(made[name][1], flags.folder))
         recipe = tyro.extras.overridable_config_cli(
-            recipes,
-            prog="python -m train.pretrain",
-            description=FLAGS,
+            made,
+            prog=f"python -m {program}",
+            description=about,
             args=rest,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
         )
@@ -246,12 +268,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(
             f"error: rank {distributed.rank()} lost another process ({error}); the last saved state is "
-            f"whole; to go on:\n{resume_command(arguments)}",
+            f"whole; to go on:\n{resume_command(arguments, program)}",
             file=sys.stderr,
         )
         return 1
     if not result.finished and distributed.rank() == 0:
-        say(f"to go on:\n{resume_command(arguments)}")
+        say(f"to go on:\n{resume_command(arguments, program)}")
     return 0
 
 
@@ -262,22 +284,22 @@ FLAGS = """Train a recipe; the same command goes on after a stop. Besides the re
 --smoke runs it end to end on drawn scenes, with small parts, in about five minutes."""
 
 
-def _take_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def _take_flags(arguments: list[str], changes: Iterable[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--plan", "--fetch", "--smoke"):
-        parser.add_argument(name, action="store_true")
+    for name in ("plan", "fetch", *changes):
+        parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--folder")
     return parser.parse_known_args(arguments)
 
 
-def resume_command(arguments: Sequence[str]) -> str:
+def resume_command(arguments: Sequence[str], program: str = "train.pretrain") -> str:
     """What to type to go on with this run."""
     launch, processes = "python", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if distributed.promised() > 1:
         launch = f"torchrun --nproc-per-node {processes}"
         if (nodes := int(os.environ.get("GROUP_WORLD_SIZE", "1"))) > 1:
             launch += f" --nnodes {nodes}"
-    return f"{launch} -m train.pretrain {shlex.join(arguments)}"
+    return f"{launch} -m {program} {shlex.join(arguments)}"
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ class Probe:
         folder: gets samples/step-N.md and the pictures it shows.
         question: asked about the pictures of stage 2.
         say: told the page in Markdown, and the step.
+        prompt: what captions of stage 2 go on from.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class Probe:
         folder: Path,
         question: str = "what is in the picture?",
         say: Say | None = None,
+        prompt: str = "",
     ):
         self.processor, self.loader, self.batches = processor, loader, batches
-        self.folder, self.question, self.say = folder / "samples", question, say
+        self.folder, self.question, self.say, self.prompt = folder / "samples", question, say, prompt
 
     def __call__(self, objective: nn.Module, step: int) -> dict[str, float]:
         """See `Probe`."""
@@ -93,7 +95,7 @@ class Probe:
         said, captions, answers, pictures = list[str](), list[str](), list[str](), list[Tensor]()
         for batch in batches:
             image = model.encode_image(batch["pixel_values"])
-            said += [text for [text] in generate(model, self.processor, image, "", Generation())]
+            said += [text for [text] in generate(model, self.processor, image, self.prompt, Generation())]
             captions += batch["captions"]
             more = batch["pixel_values"][: SAMPLES - len(pictures)]
             if len(more):

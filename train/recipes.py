@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from train.datasets import RecipeError, Scenes, Shards, Source
 from train.engine import FitConfig
@@ -46,9 +46,9 @@ class Execution:
     checkpointing: bool = False
     """Compute the trained layers' activations (and those of the frozen LLM) again in the backward pass."""
     compile: bool | None = None
-    """Compile the frozen image encoder; None does so on a GPU."""
+    """Compile the image encoder; None does so on a GPU where it is frozen."""
     vision_precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen image encoder's weights."""
+    """Of a frozen image encoder's weights; one that is trained has float32."""
     language_precision: Literal["float32", "bfloat16", "float16", "int8", "nf4"] = "float32"
     """Of the frozen language model's weights; stage 2 only."""
     shard_language_model: bool = False
@@ -62,6 +62,8 @@ class Execution:
 @dataclass(frozen=True)
 class Recipe:
     """One run of one pre-training stage."""
+
+    program: ClassVar[str] = "train.pretrain"
 
     stage: Literal[1, 2]
     start_from: str
@@ -127,6 +129,29 @@ class Recipe:
             if path and not _filled(path)
         ]
         return lacking + self.data.missing()
+
+
+class Run(Protocol):
+    """What plans and commands ask of a recipe: a `Recipe`, or a `train.tuning.recipes.Tuning`."""
+
+    program: ClassVar[str]
+
+    @property
+    def stage(self) -> int: ...
+    @property
+    def start_from(self) -> str: ...
+    @property
+    def data(self) -> Any: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def fit(self) -> FitConfig: ...
+    @property
+    def output(self) -> str: ...
+    @property
+    def max_text_length(self) -> int: ...
+    @property
+    def execution(self) -> Execution: ...
 
 
 def _filled(source: str) -> bool:

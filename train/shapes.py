@@ -2,11 +2,14 @@
 
 Sizes come from the folders that the recipe names, or, before those are here, from the code: `train.weights`
 knows the released parts, and a stage-1 folder is looked for among the outputs of the other recipes.
+
+Recipes of fine-tuning have their own `build`, `batch` and `parts`, in `train.tuning.shapes`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +103,8 @@ def _language_config(recipe: Recipe) -> Any:
     return known.config()
 
 
-def build(recipe: Recipe, chosen: Execution) -> Objective:
+@functools.singledispatch
+def build(recipe: Any, chosen: Execution) -> Objective:
     """A recipe's objective on the meta device, its parts frozen and in their precisions."""
     with torch.device("meta"):
         model: Any = (Blip2Representation if recipe.stage == 1 else Blip2)(model_config(recipe))
@@ -114,8 +118,7 @@ def build(recipe: Recipe, chosen: Execution) -> Objective:
         objective: Objective = kind(model, micro_batch_size=chosen.micro_batch_size)
     objective.train()
     if chosen.checkpointing:
-        layers = [*model.qformer.encoder.layers]
-        execution.recompute(layers + (execution.blocks(model.language_model) if recipe.stage == 2 else []))
+        execution.recompute(execution.layers(model))
     return objective
 
 
@@ -123,7 +126,8 @@ def _dtype(precision: str) -> torch.dtype:
     return getattr(torch, precision) if precision in ("float32", "float16") else torch.bfloat16
 
 
-def batch(recipe: Recipe, rows: int) -> dict[str, torch.Tensor]:
+@functools.singledispatch
+def batch(recipe: Any, rows: int) -> dict[str, torch.Tensor]:
     """One process's batch on the meta device, its captions as long as they may be."""
     config, longest = model_config(recipe), recipe.max_text_length
     text, target = longest, longest
@@ -142,12 +146,13 @@ def batch(recipe: Recipe, rows: int) -> dict[str, torch.Tensor]:
 _sizes: dict[tuple[Any, ...], dict[str, int]] = {}
 
 
-def parts(recipe: Recipe) -> tuple[Any, ...]:
+@functools.singledispatch
+def parts(recipe: Any) -> tuple[Any, ...]:
     """What a recipe's sizes depend on."""
     return recipe.stage, recipe.start_from, recipe.language_model, recipe.tokenizer, str(recipe.qformer)
 
 
-def sizes(recipe: Recipe) -> dict[str, int]:
+def sizes(recipe: Any) -> dict[str, int]:
     """How many numbers are trained, and how many are frozen: in the image encoder ("vision"), in the language
     model ("language"), and in that one's largest layer and in its embeddings and head ("ends"), which are
     never split.

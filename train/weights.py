@@ -30,9 +30,9 @@ from transformers import Blip2VisionConfig, OPTConfig, T5Config
 from blip2.convert import convert
 from blip2.download import download
 from blip2.errors import CheckpointError
-from blip2.presets import EVA, OPT_LICENSE, OPT_SIZES, OPT_TEXT, T5_SIZES, T5_TEXT
+from blip2.presets import EVA, OPT_LICENSE, OPT_SIZES, OPT_TEXT, PRESETS, T5_SIZES, T5_TEXT
 from train.encoders import ENCODERS, find
-from train.recipes import Recipe, RecipeError
+from train.recipes import Recipe, RecipeError, Run
 from train.weight_files import write_text_model, write_vision
 
 LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
@@ -134,7 +134,7 @@ WEIGHTS = {
 # --- what a recipe needs ---
 
 
-def wanted(recipe: Recipe) -> dict[Path, Weights]:
+def wanted(recipe: Run) -> dict[Path, Weights]:
     """The folders that a recipe names and this module can fill, in the order to fill them."""
     found: dict[Path, Weights] = {}
 
@@ -149,7 +149,7 @@ def wanted(recipe: Recipe) -> dict[Path, Weights]:
     return found
 
 
-def on_the_hub(recipe: Recipe) -> list[str]:
+def on_the_hub(recipe: Run) -> list[str]:
     """What a recipe names by its Hub id, such as another encoder, and the cache does not have."""
     ids = [name for name in _named(recipe) if re.fullmatch(r"[\w.-]+/[\w.-]+", name)]
     return [
@@ -161,10 +161,12 @@ def _local(name: str) -> bool:
     return Path(name).parts[0] in (".", "..", "~", "weights", "runs", "data")
 
 
-def _named(recipe: Recipe) -> list[str]:
-    """The sources of a recipe, each once; an encoder's short name is spelled out."""
-    named = (recipe.start_from, recipe.bert, recipe.tokenizer, recipe.language_model)
-    return list(dict.fromkeys(ENCODERS.get(name, name) for name in named if name is not None))
+def _named(recipe: Run) -> list[str]:
+    """The sources of a recipe, each once; short names of encoders and released models are spelled out."""
+    fields = ("start_from", "bert", "tokenizer", "language_model", "stage1")
+    found = (getattr(recipe, field, None) for field in fields)
+    named = dict.fromkeys(ENCODERS.get(name, name) for name in found if name)
+    return [PRESETS[name].repo_id or name if name in PRESETS else name for name in named]
 
 
 def is_there(folder: Path) -> bool:
@@ -172,7 +174,7 @@ def is_there(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def fetch(recipe: Recipe, say: Say = print) -> list[Path]:
+def fetch(recipe: Run, say: Say = print) -> list[Path]:
     """Bring in what a recipe starts from and this machine lacks.
 
     Args:
@@ -202,7 +204,7 @@ def fetch(recipe: Recipe, say: Say = print) -> list[Path]:
             say(f"{place} is in the Hub's cache: {download(place)}")
     except CheckpointError as error:
         raise RecipeError(f"{place} cannot be had: {error}") from error
-    if recipe.stage == 2 and find(recipe.start_from) is None:
+    if isinstance(recipe, Recipe) and recipe.stage == 2 and find(recipe.start_from) is None:
         say(
             f"{recipe.start_from} comes from stage 1, which has to run first; or start from LAVIS's: "
             "--start-from weights/stage1-vitg"
@@ -210,10 +212,10 @@ def fetch(recipe: Recipe, say: Say = print) -> list[Path]:
     return list(folders)
 
 
-def hint(recipe: Recipe, name: str) -> str:
+def hint(recipe: Run, name: str) -> str:
     """What to type to have the weights that a recipe lacks; empty if that would bring none."""
     lacking = [folder for folder in wanted(recipe) if not is_there(folder)]
-    return f"python -m train.pretrain {name} --fetch" if lacking or on_the_hub(recipe) else ""
+    return f"python -m {recipe.program} {name} --fetch" if lacking or on_the_hub(recipe) else ""
 
 
 def _check_room(lacking: dict[Path, Weights]) -> None:

@@ -10,18 +10,18 @@ from blip2.cli.console import Console, UsageError, table
 from blip2.cli.models import (
     about,
     check_question,
-    default_model,
     encode,
     framed,
     generation,
     load_model,
+    model_name,
+    named_preset,
     note_unknown_words,
 )
 from blip2.generation import Generation, generate
 from blip2.images import ImageError, open_image
 from blip2.model import Blip2
 from blip2.novelty import UnknownPictureError
-from blip2.presets import find_preset
 from blip2.processing import PromptError
 from blip2.representation import Blip2Representation
 from blip2.vision import ImageFeatures
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def caption(args: argparse.Namespace, console: Console) -> int:
     """Captions for one or more pictures; one that cannot be read does not keep the others from theirs."""
-    preset = find_preset(args.model) if args.model else None
+    preset = named_preset(args)
     settings = generation(args, preset.captioning if preset else Generation.caption())
     if args.start_with is not None and args.prompt is not None:
         raise UsageError("--start-with is --prompt repeated in the output: give one of them")
@@ -43,7 +43,7 @@ def caption(args: argparse.Namespace, console: Console) -> int:
         return folder.run(args, settings, console)
     folder.refuse_flags(args)
     several = len(args.images) > 1
-    name = args.model or default_model("generate", console, len(args.images))
+    name = model_name(args, "generate", console, len(args.images))
     only = None if several else open_image(args.images[0], allow_url=True)  # fails before a model is loaded
     loaded = load_model(name, "generate", args, console)
     wanted = folder.captioning(args, settings, loaded)
@@ -71,7 +71,7 @@ def ask(args: argparse.Namespace, console: Console) -> int:
     """An answer about one picture."""
     settings = generation(args, Generation.answer())
     check_question(args)
-    name = args.model or default_model("generate", console)
+    name = model_name(args, "generate", console)
     image = open_image(args.image, allow_url=True)
     loaded = load_model(name, "generate", args, console)
     assert isinstance(loaded.model, Blip2)
@@ -90,7 +90,7 @@ def match(args: argparse.Namespace, console: Console) -> int:
     """Probability that each text matches the picture (ITM), and their cosine similarity (ITC)."""
     if not all(text.strip() for text in args.texts):
         raise PromptError("a text is empty: say what may be in the picture")
-    name = args.model or default_model("match", console)
+    name = model_name(args, "match", console)
     image = open_image(args.image, allow_url=True)
     loaded = load_model(name, "match", args, console)
     assert isinstance(loaded.model, Blip2Representation)

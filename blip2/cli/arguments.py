@@ -68,12 +68,14 @@ def build_parser() -> argparse.ArgumentParser:
     match = command("match", "answers", "score texts against a picture, the best first")
     match.add_argument("image", metavar="IMAGE", help="a file or an http(s) URL")
     match.add_argument("texts", nargs="+", metavar="TEXT")
-    _add_model(match)
+    _add_model(match, adapter=False)
 
     compare = command("compare", "compare", "put questions about pictures to several models")
     compare.add_argument("image", nargs="?", metavar="IMAGE", help="a file or an http(s) URL")
     compare.add_argument("question", nargs="?", metavar="QUESTION")
-    compare.add_argument("--models", nargs="+", required=True, metavar="MODEL", help="two or more models")
+    compare.add_argument(
+        "--models", nargs="+", required=True, metavar="MODEL", help="two or more models, or adapters' folders"
+    )
     compare.add_argument(
         "--input",
         metavar="CSV",
@@ -103,13 +105,20 @@ def build_parser() -> argparse.ArgumentParser:
     _add_decoding(explain, "greedy, up to 30 tokens")
     _add_model(explain)
 
-    convert = command("convert", "checkpoints", "turn a LAVIS .pth file into a folder that loads here")
-    convert.add_argument("pth", metavar="PTH", help="the LAVIS checkpoint")
+    convert = command(
+        "convert", "checkpoints", "turn a LAVIS .pth file, or a model and an adapter, into one folder"
+    )
+    convert.add_argument(
+        "source", metavar="SOURCE", help="a LAVIS checkpoint; or a model, or an adapter's folder, to merge"
+    )
     convert.add_argument("folder", metavar="FOLDER", help="where to write: a new folder")
+    convert.add_argument("--adapter", metavar="FOLDER", help="a LoRA adapter to fold into the model SOURCE")
     convert.add_argument("--llm", metavar="MODEL", help="folder or Hub id of the frozen language model")
     convert.add_argument("--vision", metavar="PTH", help="eva_vit_g.pth or clip_vit_L.pth, if PTH has none")
     convert.add_argument("--tokenizer", metavar="MODEL", help="folder or Hub id (the language model's)")
-    convert.add_argument("--dtype", choices=PRECISIONS[1:4], default="float32", help="of the new folder")
+    convert.add_argument(
+        "--dtype", choices=PRECISIONS[1:4], help="of the new folder (float32; with an adapter, as it was)"
+    )
 
     download = command("download", "download", "download a released checkpoint, or go on with it")
     download.add_argument("model", metavar="MODEL", help="a name, such as blip2-opt-2.7b, or a Hub id")
@@ -238,9 +247,13 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", "-m", metavar="MODEL", help="a name, a folder, or a Hub id")
+    if adapter:
+        group.add_argument(
+            "--adapter", metavar="FOLDER", help="a LoRA adapter; without --model, its own model is taken"
+        )
     _add_machine(group)
 
 

@@ -4,14 +4,16 @@ import argparse
 import math
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Blip2Config
 
+from blip2.adapters import Adapter, is_adapter, merge, num_parameters, read_adapter
 from blip2.base import Blip2Base
-from blip2.checkpoint import is_available, locate
+from blip2.checkpoint import is_available, load, locate, save
 from blip2.checks import count_parts
 from blip2.cli.console import Console, UsageError, table
 from blip2.cli.models import DOES
@@ -19,7 +21,7 @@ from blip2.devices import device_advice
 from blip2.layout import EXTERNAL, CheckpointError, read_layout, readers
 from blip2.model import Blip2
 from blip2.presets import PRECISIONS, PRESETS, SMALL_PRECISIONS, Preset, find_preset, memory
-from blip2.quantize import KEPT, skipped
+from blip2.quantize import KEPT, skipped, stored_precision
 from blip2.representation import Blip2Representation
 from blip2.settings import Generation
 from blip2.shards import is_complete
@@ -125,6 +127,8 @@ def describe(args: argparse.Namespace, console: Console) -> int:
     trainable["fine-tuning"] += external
     parameters = sum(parts.values())
     shares = _memory_shares(model)
+    if is_adapter(Path(args.model).expanduser()):
+        document["adapter"] = _adapter_document(read_adapter(args.model), parts)
     document |= {
         "parameters": parameters,
         "parts": parts,
@@ -135,6 +139,17 @@ def describe(args: argparse.Namespace, console: Console) -> int:
     }
     console.show(document, _description(document))
     return 0
+
+
+def _adapter_document(adapter: Adapter, parts: dict[str, int]) -> dict[str, Any]:
+    """An adapter's size, and which share of the language model's parameters it has beside them."""
+    number, beside = num_parameters(adapter), parts["language model"]
+    return {
+        "folder": str(adapter.folder),
+        "rank": adapter.rank,
+        "parameters": sum(number.values()),
+        "percent": 100 * number.get("language_model", 0) / beside,
+    }
 
 
 def _trainable(model: Blip2Base) -> dict[str, int]:
@@ -205,6 +220,12 @@ def _description(document: dict[str, Any]) -> list[str]:
         size = _size(document["download_bytes"])
         head.append(f"{document['repo_id']}, {size} download, {document['status']}")
     head += [f"in {precision}: {folder}" for precision, folder in document.get("small_folders", {}).items()]
+    if worn := document.get("adapter"):
+        head.append(
+            f"with the LoRA adapter {worn['folder']} of rank {worn['rank']}: "
+            f"{worn['parameters']:,} parameters; those beside the language model are "
+            f"{worn['percent']:.2f} % of it"
+        )
     head += [document[name] for name in ("license", "readers") if document.get(name)]
     parts = [*document["parts"].items(), ("all", document["parameters"])]
     lines = [*head, "", *table(("part", "parameters"), [(part, f"{count:,}") for part, count in parts])]
@@ -245,15 +266,43 @@ def _size(num_bytes: int) -> str:
 
 
 def convert(args: argparse.Namespace, console: Console) -> int:
-    """Turn a LAVIS file into a folder, and account for every entry of it."""
+    """Turn a LAVIS file into a folder, and account for every entry of it; or merge an adapter."""
+    if args.adapter or is_adapter(Path(args.source).expanduser()):
+        return _merge(args, console)
     from blip2.convert import convert as convert_file
 
-    console.note(f"converting {args.pth}; the released sizes take some minutes")
-    done = convert_file(
-        args.pth, args.folder, llm=args.llm, vision=args.vision, tokenizer=args.tokenizer, dtype=args.dtype
-    )
+    console.note(f"converting {args.source}; the released sizes take some minutes")
+    parts = {"llm": args.llm, "vision": args.vision, "tokenizer": args.tokenizer}
+    done = convert_file(args.source, args.folder, **parts, dtype=args.dtype or "float32")
     line = f"wrote {done.folder}: {done.mapped} entries taken over, {len(done.dropped)} left out"
     reasons = [f"  {count} left out: {reason}" for reason, count in Counter(done.dropped.values()).items()]
     document = {"folder": str(done.folder), "mapped": done.mapped, "dropped": done.dropped}
     console.show(document, [line, *reasons])
+    return 0
+
+
+def _merge(args: argparse.Namespace, console: Console) -> int:
+    """Fold an adapter into a copy of its model: a folder that needs no peft."""
+    for name in ("llm", "vision", "tokenizer"):
+        if getattr(args, name):
+            raise UsageError(f"--{name} is for a LAVIS checkpoint, not for a model with an adapter")
+    if Path(args.folder).exists():
+        raise UsageError(f"{args.folder} is there already: name a new folder")
+    _, stored = locate(args.source, precision="float32")
+    layout = read_layout(stored)
+    if (few := stored_precision(layout)) is not None:
+        raise CheckpointError(
+            f"{args.source} is stored in {few}: an adapter merges into full precision; load the base in full "
+            "precision, from the folder it was made from"
+        )
+    dtype = args.dtype or str(layout.config.dtype or "float32").removeprefix("torch.")
+    loaded = load(args.source, adapter=args.adapter, precision=dtype, device="cpu")
+    for note in loaded.notes:
+        console.note(note)
+    merge(loaded.model)
+    folder = save(loaded.model, loaded.processor, args.folder, weights_dtype=dtype)
+    if loaded.novelty is not None:  # of the image encoder, which is the same
+        loaded.novelty.save(folder)
+    document = {"folder": str(folder), "model": loaded.name, "adapter": str(loaded.adapter), "dtype": dtype}
+    console.show(document, [f"wrote {folder}: {loaded.name} as one model, in {dtype}"])
     return 0

@@ -12,11 +12,11 @@ from blip2.cli.console import Console, UsageError, table
 from blip2.cli.models import (
     about,
     check_question,
-    default_model,
     encode,
     framed,
     generation,
     load_model,
+    model_name,
     note_unknown_words,
 )
 from blip2.generation import Generation, generate
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.out and Path(args.out).suffix.lower() != ".png":
         raise UsageError(f"--out is {args.out!r}; give a .png file")
     picture = open_image(args.image, allow_url=True)
-    loaded = load_model(args.model or default_model("generate", console), "generate", args, console)
+    loaded = load_model(model_name(args, "generate", console), "generate", args, console)
     assert isinstance(loaded.model, Blip2)
     features = encode(loaded, picture, args.image, args)
     note_unknown_words(loaded.processor, args.question, loaded.name, console)

@@ -8,11 +8,10 @@ from typing import Any
 
 from blip2.checkpoint import Loaded
 from blip2.cli.console import Console, UsageError
-from blip2.cli.models import about, default_model, load_model, note_unknown_words
+from blip2.cli.models import about, load_model, model_name, note_unknown_words
 from blip2.folder import caption_folder
 from blip2.generation import Generation
 from blip2.pictures import Captioning, Failure, find_pictures
-from blip2.presets import PRESETS
 from blip2.sidecars import SIDECARS, TABLES, Entry, IfExists, Sidecars, Table
 
 FLAGS = ("recursive", "to", "if_exists", "ask", "match_model", "preview", "batch_size")
@@ -34,7 +33,7 @@ def captioning(args: argparse.Namespace, settings: Generation, loaded: Loaded) -
     """What is wanted of each picture."""
     prompt = args.start_with if args.prompt is None else args.prompt
     if prompt is None:
-        prompt = PRESETS[loaded.name].prompt if loaded.name in PRESETS else ""
+        prompt = loaded.caption_prompt
     return Captioning(
         settings,
         prompt=loaded.processor.prompt(prompt, "caption"),
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace, settings: Generation, console: Console) -> int
         return 0
     if args.preview:
         pictures, facts["to"] = pictures[:PREVIEWED], None
-    name = args.model or default_model("generate", console, max(2, len(found)))
+    name = model_name(args, "generate", console, max(2, len(found)))
     loaded = load_model(name, "generate", args, console)
     scorer = load_model(args.match_model, "match", args, console) if args.match_model else None
     wanted = captioning(args, settings, loaded)

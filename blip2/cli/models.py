@@ -2,11 +2,13 @@
 
 import argparse
 import secrets
+from pathlib import Path
 from typing import Any, Literal
 
 from huggingface_hub import constants
 from PIL import Image
 
+from blip2.adapters import base_of, is_adapter, read_adapter
 from blip2.checkpoint import CheckpointError, Loaded, is_available, load, locate
 from blip2.cli.console import Console, UsageError
 from blip2.devices import device_advice
@@ -60,6 +62,28 @@ def default_model(kind: Kind, console: Console, num_pictures: int = 1) -> str:
         f"{num_pictures} pictures need --model: the embedded model knows drawn scenes only, and no released "
         f"one is in the cache. Choose one, such as --model {released[0]}; `blip2 info` lists them"
     )
+
+
+def model_name(args: argparse.Namespace, kind: Kind, console: Console, num_pictures: int = 1) -> str:
+    """The model to use: the one named, else the adapter's own, else `default_model`.
+
+    Raises:
+        CheckpointError: --adapter names no adapter, or the adapter no model.
+        UsageError: of `default_model`.
+    """
+    if args.model:
+        return str(args.model)
+    if kind == "generate" and args.adapter:
+        return base_of(read_adapter(args.adapter))
+    return default_model(kind, console, num_pictures)
+
+
+def named_preset(args: argparse.Namespace) -> Preset | None:
+    """The embedded or released checkpoint that --model or --adapter stands for; None for others."""
+    name = args.model or args.adapter or ""
+    if name and is_adapter(Path(name).expanduser()):
+        name = read_adapter(name).base
+    return find_preset(name)
 
 
 def check_model(name: str, kind: Kind, console: Console, precision: str = "auto") -> None:
@@ -117,6 +141,7 @@ def load_model(name: str, kind: Kind, args: argparse.Namespace, console: Console
         quantize_vision=args.quantize_vision,
         max_memory=args.max_memory,
         offload_folder=args.offload_folder,
+        adapter=getattr(args, "adapter", None) if kind == "generate" else None,
         check_memory=not args.no_memory_check,
     )
     if isinstance(loaded.model, Blip2) != (kind == "generate"):
@@ -212,6 +237,8 @@ def about(loaded: Loaded, settings: Generation | None = None) -> dict[str, Any]:
         "precision": loaded.precision,
         "device": str(loaded.device),
     }
+    if loaded.adapter is not None:
+        facts["adapter"] = str(loaded.adapter)
     if settings is not None:
         facts["method"] = settings.method
         if settings.method == "nucleus":

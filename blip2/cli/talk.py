@@ -13,7 +13,7 @@ from PIL import Image
 from blip2.chat import Chat
 from blip2.checkpoint import Loaded
 from blip2.cli.console import Console
-from blip2.cli.models import default_model, encode, generation, load_model, note_unknown_words
+from blip2.cli.models import encode, generation, load_model, model_name, note_unknown_words
 from blip2.generation import Generation
 from blip2.images import open_image
 from blip2.model import Blip2
@@ -31,7 +31,7 @@ Ctrl-C stops the answer under way."""
 def run(args: argparse.Namespace, console: Console) -> int:
     """Talk until the lines end; in a pipe, a line that fails makes the exit code 1."""
     settings = generation(args, Generation())
-    name = args.model or default_model("generate", console)
+    name = model_name(args, "generate", console)
     image = open_image(args.image, allow_url=True)
     loaded = load_model(name, "generate", args, console)
     assert isinstance(loaded.model, Blip2)

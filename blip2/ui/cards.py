@@ -1,7 +1,9 @@
 """What the page says about models: names with a precision (`blip2-opt-2.7b@nf4`), labels, cards, notices."""
 
 import html
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blip2.devices import (
     accelerator_memory,
@@ -12,6 +14,9 @@ from blip2.devices import (
     why_not_quantized,
 )
 from blip2.presets import EMBEDDED, PRECISIONS, Preset, find_preset, gigabytes
+
+if TYPE_CHECKING:
+    from blip2.adapters import Adapter
 
 WORLD = "nine colors, eight shapes, two sizes"
 FULL = "auto"
@@ -40,9 +45,28 @@ def join(base: str, precision: str | None) -> str:
     return base if precision in (None, "", FULL) else f"{base}@{precision}"
 
 
+def adapter_of(base: str) -> "Adapter | None":
+    """The adapter whose folder a model's name, without a precision, is; None for other names.
+
+    Raises:
+        CheckpointError: the folder is broken.
+    """
+    folder = Path(base).expanduser()
+    if not base or not (folder / "adapter_config.json").is_file():
+        return None
+    from blip2.adapters import is_adapter, read_adapter  # takes torch: the page is served before
+
+    return read_adapter(folder) if is_adapter(folder) else None
+
+
 def caption_prompt(name: str) -> str:
     """What a model's captions go on from; "" for most."""
-    preset = find_preset(split(name)[0])
+    base = split(name)[0]
+    if worn := adapter_of(base):
+        return str(worn.settings.get("caption_prompt", caption_prompt(worn.base)))
+    preset, config = find_preset(base), Path(base).expanduser() / "config.json"
+    if preset is None and base and config.is_file():  # a folder, perhaps fine-tuned
+        return str(json.loads(config.read_text("utf-8")).get("caption_prompt", ""))
     return preset.prompt if preset else ""
 
 
@@ -62,6 +86,8 @@ def label(name: str, look: bool = True) -> str:
     base, precision = split(name)
     preset = find_preset(base)
     suffix = "" if precision == FULL else f", {BITS.get(precision, precision)}"
+    if worn := adapter_of(base):
+        return f"{Path(worn.base).name} + {worn.name} (adapter{suffix})"
     if preset is None:
         return (Path(base).name or base) + suffix
     if preset.repo_id is None:
@@ -77,6 +103,8 @@ def label(name: str, look: bool = True) -> str:
 
 def title(name: str) -> str:
     """A model in a sentence: a folder without where it lies."""
+    if worn := adapter_of(name) or adapter_of(name.rpartition("@")[0]):
+        return worn.name
     path = Path(name).expanduser()
     return path.name if path.name and Path(name.rpartition("@")[0] or name).expanduser().is_dir() else name
 
@@ -93,6 +121,12 @@ def card(name: str, local: bool) -> str:
     except ValueError:
         base, precision = name, FULL
     preset = find_preset(base)
+    if worn := adapter_of(base):
+        from blip2.adapters import num_parameters
+
+        size = f"LoRA of rank {worn.rank}, {sum(num_parameters(worn).values()):,} parameters"
+        facts = [("Adapter", size), ("Trained on", Path(worn.base).name)]
+        return _card(worn.name, [*facts, *_chosen(precision), *here], "")
     if preset is None:
         where = "this machine: a folder, or the Hub's cache"
         return _card(base, [("From", where), *_chosen(precision), *here], "")

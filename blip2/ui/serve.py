@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         "--model", help="the model that is open at first: a name, a Hub id in the cache, or a folder"
     )
     parser.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help="a LoRA adapter; the model it was trained on is open at first, with the adapter",
+    )
+    parser.add_argument(
         "--encoder",
         metavar="MODULE:FUNCTION",
         help="import the image encoder of a model that was trained with a function of one's own",
@@ -244,6 +249,10 @@ def _serve(options: argparse.Namespace) -> None:
         options.votes.open("a").close()  # what is wrong with it is said now
     if options.max_models < 1:
         raise UsageError(f"--max-models is {options.max_models}; allowed: 1 or more")
+    if options.adapter and options.model:
+        raise UsageError("--adapter brings the model it was trained on: leave --model out")
+    if options.adapter:
+        options.model = str(importlib.import_module("blip2.adapters").read_adapter(options.adapter).folder)
     if options.encoder:
         importlib.import_module("blip2.encoders").import_encoder(options.encoder)
     demo = build(local=options.local, model=options.model, votes=options.votes, max_models=options.max_models)

@@ -1,4 +1,4 @@
-"""python -m train.data prepare KIND ..., python -m train.data bench."""
+"""python -m train.data check FOLDER, prepare KIND ..., and bench."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The commands: prepare and bench."""
+    """The commands: check, prepare and bench."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["check"]:
+        from train.data import check
+
+        return check.main(arguments[1:])
     if arguments[:1] == ["prepare"]:
         from train.data import prepare
 
@@ -17,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from train.data import bench
 
         return bench.main(arguments[1:])
-    print("python -m train.data prepare -h, or python -m train.data bench -h")
+    print("python -m train.data check -h, prepare -h or bench -h")
     return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
 
 

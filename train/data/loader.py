@@ -59,6 +59,7 @@ def shards_loader(
     std: Sequence[float] = CLIP_STD,
     rank: int | None = None,
     world_size: int | None = None,
+    pictures: bool = False,
 ) -> ShardsLoader:
     """This rank's batches of a blend.
 
@@ -78,6 +79,7 @@ def shards_loader(
         std: likewise.
         rank: of this process, by default torch.distributed's.
         world_size: number of processes, likewise.
+        pictures: batches name the picture of each row in `images`, the same for all captions of one.
 
     Raises:
         DataError: a folder is not prepared, has no such split, or is smaller than the number of workers.
@@ -99,7 +101,7 @@ def shards_loader(
         )
     return ShardsLoader(
         shards, tokenize, rows, micro_batch_size, image_size=image_size, seed=seed, split=split,
-        mean=tuple(mean), std=tuple(std),
+        mean=tuple(mean), std=tuple(std), pictures=pictures,
         workers=WorkerConfig(
             rank=rank, world_size=world, num_workers=workers, seed_offset=seed,
             global_error_handler=reraise_exception,
@@ -130,14 +132,16 @@ class ShardsLoader:
         mean: tuple[float, ...],
         std: tuple[float, ...],
         workers: WorkerConfig,
+        pictures: bool = False,
     ):
         self.rows, self.micro_batch_size = rows, micro_batch_size
         self.workers, self.train = workers, split == "train"
         folders = open_folders(shards, split, workers, READ)
         sources = {folder: shards.settings.get(folder, Source()) for folder in folders}
         self.encoder = Encoder(
-            sources, tokenize, image_size=image_size, seed=seed, train=self.train, mean=mean, std=std
-        )
+            sources, tokenize, image_size=image_size, seed=seed, train=self.train, mean=mean, std=std,
+            pictures=pictures,
+        )  # fmt: skip
         self.folders, self.weights = folders, {**dict.fromkeys(folders, 1.0), **shards.weights}
         self.num_samples = sum(map(len, folders.values()))
         self._identity = {

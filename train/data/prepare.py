@@ -157,18 +157,20 @@ def pairs(
 ) -> None:
     """Your own: a .csv or .jsonl with `image`, `caption` (or `captions`, a JSON list) and perhaps `split`.
 
+    Or a folder, with one of them in it or a .txt beside each picture.
+
     Args:
-        table: the file.
+        table: the file, or the folder.
         output: folder for the shards.
         images: folder that the names in the table start from, by default the table's.
         writing: how shards are written.
     """
-    _write(records.pairs(table, images or table.parent), output, writing, False)
+    _write(records.own(table, images), output, writing, False)
 
 
-def own(table: Path, output: Path, held_out: float, at_most: int) -> None:
+def own(source: Path, output: Path, held_out: float, at_most: int) -> None:
     """`pairs`, with a share of the training images held out as val unless the table has a val split."""
-    found = list(records.pairs(table, table.parent))
+    found = list(records.own(source))
     training = sum(record.part == "train" for record in found)
     number = 0 if any(record.part == "val" for record in found) else min(at_most, int(held_out * training))
     _write(found, output, Writing(validation=number), False)

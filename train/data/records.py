@@ -6,6 +6,7 @@ COCO, Flickr30k, NoCaps, VQAv2, Visual Genome, and tables of one's own. No image
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from collections import defaultdict
@@ -13,6 +14,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from blip2.pictures import find_pictures
+from blip2.sidecars import SIDECARS, FolderError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")  # endings of a sample's image
 
@@ -128,58 +132,160 @@ def visual_genome(path: Path, images: Path, part: str = "train") -> Iterator[Rec
         )
 
 
+def visual_genome_questions(path: Path, images: Path, part: str = "train") -> Iterator[Record]:
+    """question_answers.json: an image's questions in one record, as `vqa` has them, with an answer each."""
+    data = _load(path)
+    if not (isinstance(data, list) and data and "qas" in data[0]):
+        raise AnnotationError(f"{path} is no list of images with questions: another kind of file")
+    for image in data:
+        number = image["id"] if "id" in image else image["image_id"]
+        entries = [
+            {
+                "question_id": qa["qa_id"],
+                "question": qa["question"],
+                "answers": [qa["answer"].rstrip(". ").lower()],  # "Yellow."
+            }
+            for qa in image["qas"]
+        ]
+        yield Record(
+            key=str(number),
+            image=tuple(images / folder / f"{number}.jpg" for folder in ("VG_100K", "VG_100K_2", "")),
+            part=part,
+            extra={"image_id": number, "questions": entries},
+        )
+
+
+def own(path: Path, images: Path | None = None) -> Iterator[Record]:
+    """One's own pictures: a table or a folder with one (`pairs`), or pictures and texts (`sidecars`).
+
+    Args:
+        path: the table, or the folder.
+        images: what the names in a table start from; by default where the table lies.
+    """
+    table = find_table(path)
+    return sidecars(path) if table is None else pairs(table, images or table.parent)
+
+
+def find_table(path: Path) -> Path | None:
+    """The .csv or .jsonl of a folder, or the file itself; None if the folder has none."""
+    if not path.is_dir():
+        return path
+    tables = sorted([*path.glob("*.csv"), *path.glob("*.jsonl")])
+    if len(tables) > 1:
+        found = ", ".join(table.name for table in tables)
+        raise AnnotationError(f"{path} has {len(tables)} tables, {found}: keep one in it, or name the file")
+    return tables[0] if tables else None
+
+
 def pairs(path: Path, images: Path) -> Iterator[Record]:
     """One's own .csv or .jsonl: `image` (or `file`), `caption` or `captions`, and `split` if there is one.
 
     `captions` is a JSON list; in a csv, a cell that holds one. Rows of the same image become one record.
+    `train.data.check` names every bad row; here the first ends it.
     """
     rows: dict[str, tuple[list[str], str]] = {}
-    for number, row in enumerate(_rows(path), 1):
-        name = row.get("image") or row.get("file")
-        if not name:
+    for line, row in read_rows(path):
+        try:
+            name, captions, part = read_row(row)
+        except AnnotationError as error:
             raise AnnotationError(
-                f"{path}, row {number}: no `image` (or `file`); its columns are {list(row)}"
-            )
-        captions = row.get("captions")
-        if isinstance(captions, str):
-            try:
-                captions = json.loads(captions)
-            except ValueError:
-                captions = None
-        if captions is None:
-            captions = [row.get("caption") or ""]
-        if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-            raise AnnotationError(f"{path}, row {number}: `captions` is no JSON list of strings")
-        part = {"validation": "val", "": "train", None: "train"}.get(row.get("split"), row.get("split"))
-        if part not in ("train", "val", "test"):
-            raise AnnotationError(f"{path}, row {number}: split is {part!r}; it is train, val or test")
+                f"{path}, line {line}: {error}. `python -m train.data check {path}` names all"
+            ) from error
         found, its = rows.setdefault(name, ([], part))
         if its != part:
-            raise AnnotationError(f"{path}, row {number}: {name} is in two splits, {its} and {part}")
+            raise AnnotationError(f"{path}, line {line}: {name} is in two splits, {its} and {part}")
         found.extend(captions)
     for number, (name, (captions, part)) in enumerate(rows.items()):
         key = f"{number:08d}"
         yield Record(key, (images / name,), tuple(captions), part, {"file": name})
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def sidecars(folder: Path) -> Iterator[Record]:
+    """Pictures with a text file of the same name beside each, a caption a line, as `blip2 caption` writes.
+
+    The folders in the folder are read, too. A picture without a text, or with an empty one, has no caption.
+    """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".csv":
-                yield from csv.DictReader(file)
-                return
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"line {number} is no object")
-                    yield row
+        pictures = find_pictures(folder, recursive=True)
+    except FolderError as error:
+        raise AnnotationError(f"{error}; nor has it a .csv or .jsonl") from error
+    texts = [text_of(folder / picture) for picture in pictures]
+    if not any(texts):
+        raise AnnotationError(
+            f"{folder} has {len(pictures)} pictures, and neither a .csv or .jsonl nor a .txt beside any"
+        )
+    for number, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+        try:
+            captions = () if text is None else read_captions(text)
+        except UnicodeDecodeError as error:
+            raise AnnotationError(f"{text} is not UTF-8 ({error.reason}): save it as UTF-8") from error
+        yield Record(f"{number:08d}", (folder / picture,), captions, "train", {"file": picture})
+
+
+def text_of(picture: Path) -> Path | None:
+    """The text beside a picture, if there is one: its own name with .txt or .caption."""
+    found = (picture.with_suffix(ending) for ending in SIDECARS)
+    return next((text for text in found if text.is_file()), None)
+
+
+def read_captions(text: Path) -> tuple[str, ...]:
+    """The captions of a text file, a line each."""
+    return tuple(filter(None, map(str.strip, text.read_text("utf-8-sig").splitlines())))
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, row) of a table; what is no UTF-8 stands in it as lone surrogates, what is no JSON as None."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise AnnotationError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        if isinstance(error, AnnotationError):
-            raise
-        raise AnnotationError(f"{path} is no csv or jsonl ({error})") from error
+    if path.suffix != ".csv":
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except ValueError:
+                    yield number, None
+        return
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise AnnotationError(f"{path}, line {reader.line_num + 1} is no csv ({error})") from error
+
+
+def read_row(row: Any) -> tuple[str, list[str], str]:
+    """The image, the captions and the split that a row of a table names.
+
+    Raises:
+        AnnotationError: it names none, or is no row; the message says why.
+    """
+    if not isinstance(row, dict):
+        raise AnnotationError("no JSON object")
+    if more := row.get(None):  # as csv's reader calls what the header has no name for
+        raise AnnotationError(
+            f"{len(more)} more cells than the header has: a caption with a comma wants quotes"
+        )
+    if not isinstance(name := row.get("image") or row.get("file"), str):
+        raise AnnotationError(f"no `image` (or `file`); its columns are {list(row)}")
+    captions = row.get("captions") or None
+    if isinstance(captions, str):
+        try:
+            captions = json.loads(captions)
+        except ValueError:
+            captions = ()
+    if captions is None:
+        captions = [row.get("caption") or ""]
+    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+        raise AnnotationError("`caption` is no text, or `captions` no JSON list of texts")
+    if any("\udc80" <= sign <= "\udcff" for value in (name, *captions) for sign in value):
+        raise AnnotationError("not UTF-8: save the table as UTF-8")
+    part = row.get("split") or "train"
+    part = "val" if part == "validation" else part
+    if part not in ("train", "val", "test"):
+        raise AnnotationError(f"split is {part!r}; it is train, val or test")
+    return name, captions, part
 
 
 def hold_out(records: Iterable[Record], number: int, seed: int = 0) -> list[Record]:

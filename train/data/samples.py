@@ -60,6 +60,12 @@ def captions_of(sample: Record) -> list[str]:
         raise Unusable("broken record") from error
 
 
+def picture_of(sample: Record) -> str:
+    """What a picture that several samples show goes by: `image_id` of its .json, else the sample's name."""
+    record = json.loads(sample["json"]) if "json" in sample else {}
+    return str(record.get("image_id", sample["__key__"]))
+
+
 def image_of(sample: Record, source: Source, wanted: int) -> Image.Image:
     """A sample's picture, RGB and upright; JPEGs much larger than `wanted` pixels may come smaller.
 
@@ -108,7 +114,9 @@ class Encoder(TaskEncoder):
         train: bool,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        pictures: bool = False,
     ):
+        self.pictures = pictures  # whether batches name the picture of each row
         self.sources, self.tokenize, self.seed, self.train = sources, tokenize, seed, train
         self.transforms = {
             folder: TrainTransform(
@@ -156,7 +164,8 @@ class Encoder(TaskEncoder):
                 raise DataError(f"{HOPELESS} samples in a row could not be used: {told}") from error
             raise SkipSample from error
         self._in_a_row = 0
-        return {"key": key, **encoded}
+        named = {"image": f"{folder}/{picture_of(sample)}"} if self.pictures else {}
+        return {"key": key, **encoded, **named}
 
     def _encode(self, sample: Record, folder: str) -> dict[str, Any]:
         if "error" in sample:
@@ -190,6 +199,7 @@ class Encoder(TaskEncoder):
             **self.tokenize([sample["caption"] for sample in samples], self._generator()),
             "captions": [sample["caption"] for sample in samples],
             "keys": [sample["key"] for sample in samples],
+            **({"images": [sample["image"] for sample in samples]} if self.pictures else {}),
             "worker": WorkerConfig.active_worker_config.rank_worker_id(),
             "report": (self._drawn, self._skipped, self._examples),
         }

@@ -96,7 +96,7 @@ def write_shards(
         bar.update(total - sum(len(found) for _, found in todo))
         with contextlib.ExitStack() as stack:
             write: Any = map(_write_shard, todo)
-            if workers > 1:
+            if workers > 1 and len(todo) > 1:
                 pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers))
                 write = pool.imap_unordered(_write_shard, todo)
             for number in write:

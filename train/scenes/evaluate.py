@@ -126,7 +126,9 @@ def _answered(
         for question in asked
     ]
     rows = torch.tensor([(question.row + shift) % len(image) for question in asked])
-    said = generate(loaded.model, processor, image[rows], prompts, Generation(max_new_tokens=6))
+    bare = [question.text for question in asked]  # for a Q-Former that reads it
+    short = Generation(max_new_tokens=6)
+    said = generate(loaded.model, processor, image[rows], prompts, short, questions=bare)
     return [text.strip(" .") == q.answer for q, [text] in zip(asked, said, strict=True)]
 
 

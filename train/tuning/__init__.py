@@ -1,0 +1,1 @@
+"""Fine-tuning for captions, questions and retrieval: recipes, data, models and evaluations."""
