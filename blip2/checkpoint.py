@@ -154,12 +154,15 @@ def load(
     """
     if precision != "auto" and precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: choose auto, {', '.join(PRECISIONS)}")
+    whole = "an adapter needs a model in one piece: leave out max_memory"
+    if adapter is not None and max_memory is not None:
+        raise ValueError(whole)
     name_or_path, worn = asked_for(name_or_path, adapter)
     budget = None if max_memory is None else read_budget(max_memory)
     if offload_folder is not None and budget is None:
         raise ValueError("offload_folder goes with max_memory, which says what may stay in memory")
     if worn is not None and budget is not None:
-        raise ValueError("an adapter needs a model in one piece: leave out max_memory")
+        raise ValueError(whole)
     where = main_device(budget, device)
     kept = "float32" if quantize_vision else precision  # a small folder has the encoder in 16 bits
     name, folder = locate(name_or_path, revision=revision, local_files_only=local_files_only, precision=kept)
