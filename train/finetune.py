@@ -10,30 +10,22 @@ were never released; what nobody published is marked as ours in `train.tuning.re
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 import train.tuning.shapes  # noqa: F401 - which teaches `train.plan` these recipes
 from blip2 import checkpoint
 from blip2.model import Blip2
-from train import distributed, weights
-from train.best import load_best
-from train.engine import Evaluate, Result, fit, make_accelerator
+from train import distributed
+from train.engine import Evaluate, Result
 from train.execution import prepare
 from train.log import say
 from train.lora import save_adapter, share
-from train.plan import work_per_pair
-from train.pretrain import launch, mean_losses
+from train.pretrain import begin, fit_recipe, launch, mean_losses
 from train.probe import Probe
-from train.recipes import RecipeError
 from train.tuning.answers import Answers
 from train.tuning.data import loaders
 from train.tuning.recipes import RECIPES, Tuning, with_lora
@@ -55,23 +47,7 @@ def run(recipe: Tuning, name: str = "custom", stop_requested: Callable[[], bool]
         NonFiniteError: a loss was not finite.
         SaveError: a state could not be written.
     """
-    if lacking := recipe.missing():
-        lines = [f"{name} cannot start; it lacks", *(f"  - {line}" for line in lacking)]
-        raise RecipeError("\n".join([*lines, weights.hint(recipe, name)]).rstrip())
-    if recipe.execution.threads is not None:
-        torch.set_num_threads(recipe.execution.threads)
-    output = Path(recipe.output)
-    accelerator = make_accelerator(
-        recipe.fit.precision,
-        trackers=recipe.fit.trackers,
-        folder=output,
-        timeout_minutes=recipe.fit.timeout_minutes,
-    )
-    if recipe.batch_size % distributed.world_size():
-        raise RecipeError(
-            f"batch_size {recipe.batch_size} is no multiple of the {distributed.world_size()} processes"
-        )
-    distributed.seed_everything(recipe.fit.seed)  # of new weights; DDP sends rank 0's to all
+    accelerator, output = begin(recipe, name), Path(recipe.output)
     objective, processor = start(recipe)
     prepare(objective, recipe.execution, accelerator.device)
     if recipe.lora is not None and isinstance(objective.model, Blip2):
@@ -89,25 +65,8 @@ def run(recipe: Tuning, name: str = "custom", stop_requested: Callable[[], bool]
             say=lambda page, step: accelerator.log({"samples": page}, step=step),
         ),
     ]
-    # On a CPU plain attention is the faster for short sequences: 1.4 times in bf16 without dropout.
-    plain = sdpa_kernel(SDPBackend.MATH) if accelerator.device.type == "cpu" else nullcontext()
-    with plain:
-        result = fit(
-            objective,
-            load(),
-            recipe.fit,
-            output,
-            run={"recipe": name, **dataclasses.asdict(recipe)},
-            evaluate=lambda objective, step: {
-                name: value for one in evaluations for name, value in one(objective, step).items()
-            },
-            accelerator=accelerator,
-            stop_requested=stop_requested,
-            work=work_per_pair(recipe, distributed.world_size(), accelerator.device),
-        )
+    result = fit_recipe(recipe, name, objective, load(), evaluations, accelerator, stop_requested)
     if result.finished and distributed.rank() == 0:
-        if recipe.save == "best":
-            say(f"the best weights are those of step {load_best(output, objective)}")
         trained: Any = objective.model
         if recipe.lora is not None:
             _say_how_to_ask(recipe, trained)
