@@ -30,6 +30,7 @@ from train.evaluation.annotations import Example
 from train.evaluation.predictions import Predictions, units
 from train.evaluation.protocols import TASKS
 from train.scenes.evaluate import gallery
+from train.scenes.text import SHAPES, full_name
 from train.scenes.world import sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -417,6 +418,16 @@ def test_drawn_data_is_the_drawn_worlds():
     questions = scenes.questions(5, "validation").examples
     assert {one.image for one in questions} == {f"validation-{seed}" for seed in range(5)}
     assert data.picture(data.examples[0].image, 28).size == (28, 28)
+
+
+def test_texts_that_fine_tuning_trains():
+    told = scenes.captions(4, "test", tuned=True).examples
+    for seed, example in enumerate(told):
+        names = [full_name(thing) for thing in sample(seed, "test").things]
+        assert all(name in caption for name in names for caption in example.references)
+    keywords = [one.references[0] for one in scenes.pairs(40, "test", tuned=True).examples]
+    assert len({" ".join(sorted(text.split())) for text in keywords}) >= 39
+    assert all(text.split()[0] in SHAPES for text in keywords)
 
 
 def test_units_and_groups():

@@ -126,6 +126,25 @@ def test_values_lie_in_one_place():
     assert model.q_proj.weight.isnan().all()  # oneDNN has them
 
 
+@needs_onednn
+@torch.no_grad()
+def test_a_small_language_model_in_bfloat16_lies_in_rows_too(monkeypatch):
+    model = nn.ModuleDict({"language_model": attention(640, torch.bfloat16)})
+    expected = copy.deepcopy(model.state_dict())
+    pack(model)
+    layer = model["language_model"].out_proj
+    assert layer.product.blocks is not None
+    assert torch.equal(layer.weight, expected["language_model.out_proj.weight"])
+    row = torch.randn(1, 1, 640).bfloat16()
+    torch.testing.assert_close(layer(row), layer(row.expand(1, 5, -1))[:, :1], atol=0.03, rtol=0.03)
+    assert torch.backends.mkldnn.enabled
+    unpack(model)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    monkeypatch.setattr(packed, "BOTH", 0)
+    pack(model)
+    assert layer.weight.isnan().all()
+
+
 @torch.no_grad()
 def test_tied_matrices_stay_tied(monkeypatch):
     monkeypatch.setattr(packed, "SMALL", 0)

@@ -49,8 +49,8 @@ def evaluate(options: Options, stop: Stop = lambda: False) -> Path | None:
     task, split = TASKS[options.task], options.split or TASKS[options.task].splits[0]
     data = read_data(
         options.task, split, questions=options.questions, annotations_file=options.annotations,
-        images=options.images, num_scenes=options.scenes, unseen=bool(options.unseen), limit=options.limit,
-        skip_missing=options.skip_missing,
+        images=options.images, num_scenes=options.scenes, unseen=bool(options.unseen),
+        tuned=bool(options.tuned), limit=options.limit, skip_missing=options.skip_missing,
     )  # fmt: skip
     loaded = _load(options)
     settings = resolve(options.task, options.changes, loaded)

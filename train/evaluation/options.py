@@ -18,7 +18,7 @@ TaskName = Literal[
 # of Options, what a task may set; None is the task's own
 CHANGEABLE = (
     "prompt", "num_beams", "max_new_tokens", "min_new_tokens", "length_penalty", "repetition_penalty",
-    "descriptions", "clean", "unseen", "top_k", "text_length",
+    "descriptions", "clean", "unseen", "tuned", "top_k", "text_length",
 )  # fmt: skip
 
 
@@ -77,6 +77,8 @@ class Options:
     """Questions, and captions to retrieve, in lower case and without most signs."""
     unseen: bool | None = None
     """scenes-vqa: wordings that the embedded language models were not trained on."""
+    tuned: bool | None = None
+    """scenes-caption, scenes-retrieval: the texts of `train.finetune`: all in one caption; keywords."""
     top_k: int | None = None
     """Retrieval: how many of ITC's best ITM looks at."""
     text_length: int | None = None

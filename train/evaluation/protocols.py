@@ -29,6 +29,7 @@ ANSWER = DECODING | {
 }  # fmt: skip
 CAPTION = DECODING | {"prompt": "a photo of", "max_new_tokens": 30, "min_new_tokens": 8}
 RETRIEVAL = {"top_k": 128, "text_length": 35, "clean": True}
+TUNED = {"tuned": False}
 GREEDY = {"num_beams": 1, "min_new_tokens": 1, "length_penalty": 1.0}
 KARPATHY = {"annotations": "dataset_coco.json"}
 RECALLS = [f"{way}R@{k}" for way in "TI" for k in (1, 5, 10)]
@@ -100,9 +101,9 @@ TASKS: dict[str, Task] = {
         "vqa", ("test", "validation"), {},
         ANSWER | GREEDY | {"max_new_tokens": 6, "descriptions": None, "unseen": False}, pictures=64,
     ),
-    "scenes-caption": Task("caption", ("test", "validation"), {}, CAPTION | GREEDY, pictures=64),
+    "scenes-caption": Task("caption", ("test", "validation"), {}, CAPTION | GREEDY | TUNED, pictures=64),
     "scenes-retrieval": Task(
-        "retrieval", ("test", "validation"), {}, RETRIEVAL | {"top_k": 16}, pictures=64
+        "retrieval", ("test", "validation"), {}, RETRIEVAL | {"top_k": 16} | TUNED, pictures=64
     ),
 }  # fmt: skip
 
@@ -116,6 +117,7 @@ def read_data(
     images: Path | None,
     num_scenes: int,
     unseen: bool = False,
+    tuned: bool = False,
     limit: int | None = None,
     skip_missing: bool = False,
 ) -> DataSet:
@@ -130,7 +132,7 @@ def read_data(
         if images is not None or any(given.values()):
             raise AnnotationError(f"{name} draws its pictures and reads no files; leave them out")
         draw = {"vqa": scenes.questions, "caption": scenes.captions, "retrieval": scenes.pairs}[task.kind]
-        data = draw(num_scenes, split, **({"unseen": unseen} if task.kind == "vqa" else {}))
+        data = draw(num_scenes, split, **({"unseen": unseen} if task.kind == "vqa" else {"tuned": tuned}))
         return DataSet(data.examples[:limit], data.picture)
     secret = name == "vqav2" and split != "val"  # the server keeps the answers
     for option, such_as in task.files.items():

@@ -11,6 +11,7 @@ from train.evaluation.annotations import DataSet, Example
 from train.evaluation.predictions import Record
 from train.scenes.evaluate import NAMED, gallery
 from train.scenes.text import captions as true_captions
+from train.scenes.text import full_caption, keywords
 from train.scenes.text import questions as true_questions
 from train.scenes.world import SEEDS_PER_SPLIT, Scene, render, sample
 
@@ -46,19 +47,38 @@ def questions(count: int, split: str, *, unseen: bool = False) -> DataSet:
     return DataSet(examples, picture)
 
 
-def captions(count: int, split: str) -> DataSet:
-    """The first scenes of a split with a true caption of every kind."""
+def captions(count: int, split: str, *, tuned: bool = False) -> DataSet:
+    """The first scenes of a split with a true caption of every kind.
+
+    Args:
+        count: scenes.
+        split: "validation" or "test".
+        tuned: with captions that tell everything instead, as the recipe scenes-caption-opt trains them.
+    """
     examples = []
     for seed in range(count):
         scene = sample(seed, split)
-        name = _name(scene, split)
-        examples.append(Example(name, name, tuple(true_captions(scene, random.Random(scene.seed)))))
+        name, words = _name(scene, split), random.Random(scene.seed)
+        if tuned:
+            told = tuple(dict.fromkeys(full_caption(scene, words) for _ in range(5)))
+        else:
+            told = tuple(true_captions(scene, words))
+        examples.append(Example(name, name, told))
     return DataSet(examples, picture)
 
 
-def pairs(count: int, split: str) -> DataSet:
-    """The first scenes of a split of which no two are told alike, with the caption that tells each."""
-    names = [(_name(scene, split), text) for scene, text in zip(*gallery(count, split), strict=True)]
+def pairs(count: int, split: str, *, tuned: bool = False) -> DataSet:
+    """The first scenes of a split of which no two are told alike, with the caption that tells each.
+
+    Args:
+        count: scenes.
+        split: "validation" or "test".
+        tuned: with keywords instead, as the recipe scenes-retrieval trains them.
+    """
+    drawn, told = gallery(count, split, in_order=not tuned)
+    if tuned:
+        told = [keywords(scene, random.Random(scene.seed)) for scene in drawn]
+    names = [(_name(scene, split), text) for scene, text in zip(drawn, told, strict=True)]
     return DataSet([Example(name, name, (text,)) for name, text in names], picture)
 
 

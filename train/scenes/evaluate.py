@@ -215,13 +215,18 @@ def _relations(scene: Scene, text: str) -> list[bool]:
 # ---------------------------------------------------------------- retrieval
 
 
-def gallery(count: int, split: str) -> tuple[list[Scene], list[str]]:
-    """The first `count` scenes of which no two are told alike, and their captions: all things, with sizes."""
+def gallery(count: int, split: str, in_order: bool = True) -> tuple[list[Scene], list[str]]:
+    """The first `count` scenes of which no two are told alike, and their captions: all things, with sizes.
+
+    `in_order`: from left to right; else in one order for all, so that no two hold the same things either.
+    """
     told: dict[str, Scene] = {}
     seed = 0
     while len(told) < count:
         scene = sample(seed, split)
         names = [f"{thing.size} {thing.color} {thing.shape}" for thing in scene.things]
+        if not in_order:
+            names.sort()
         told.setdefault(join([f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in names]), scene)
         seed += 1
     return list(told.values()), list(told)
