@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from serving import tiny_checkpoints
 
 import blip2
 from blip2.vision import interpolate_positions
-from train import finetune, state
+from train import finetune, plan, pretrain, state
+from train.count import Counts
 from train.datasets import RecipeError, Scenes
 from train.domain import domain
-from train.engine import FitConfig, _backward, fit, make_accelerator
+from train.engine import FitConfig, Result, _backward, fit, make_accelerator
 from train.loader import DataError
 from train.objectives import Retrieval, Stage2
 from train.tuning import data, recipes, shapes, start
@@ -555,6 +557,34 @@ def test_a_recipe_without_its_parts_stops_before_any_work(tmp_path, monkeypatch,
 )
 def test_trained_parameters(name, trained):
     assert shapes.shapes.sizes(RECIPES[name]())["trained"] == trained
+
+
+def test_a_plan_starts_what_was_planned(monkeypatch, capsys):
+    """Its start command gives the recipe that the plan is of: options, adapters and a folder included."""
+    seen = []
+    monkeypatch.setattr(pretrain, "domain", lambda made, folder: dataclasses.replace(made, output=folder))
+    monkeypatch.setattr(finetune, "run", lambda recipe, *rest: seen.append(recipe) or Result(1, True))
+
+    def planned(recipe, name, options, *, gpus, gpu_memory, **rest):  # counting takes seconds
+        seen.append(recipe)
+        counts, memory = Counts(1, 0, 1e9, 1e6), {"the step": 1e9}
+        chosen = dataclasses.replace(recipe.execution, checkpointing=True)
+        return plan.Plan(
+            name, recipe, chosen, "a100", gpus, 1, gpu_memory, 0.3, 1, 1, memory, counts, 1.0, options
+        )
+
+    monkeypatch.setattr(plan, "plan", planned)
+    given = ["--lora", "--rank=3", "--folder", "my pictures", "--prompt", "one of", "--micro_batch_size", "6"]
+    assert finetune.main(["scenes-caption-opt", "--gpus", "2", *given, "--plan", "--gpu-memory", "80"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].strip()
+    start, _, words = command.partition(" -m train.finetune ")
+    assert start == "torchrun --nproc-per-node 2 --standalone" and words.count("micro") == 1
+    assert finetune.main(shlex.split(words)) == 0
+    of_plan, started = seen
+    assert started.execution.checkpointing and not of_plan.execution.checkpointing
+    assert dataclasses.replace(started, execution=of_plan.execution) == of_plan
+    assert (started.lora.rank, started.prompt) == (3, "one of")
+    assert started.output == "my pictures" and started.execution.micro_batch_size == 6
 
 
 @pytest.mark.long
