@@ -419,7 +419,10 @@ def test_a_fifth_of_visual_genome_comes_up_in_an_epoch(tmp_path):
 def test_files_that_are_no_questions(tmp_path):
     made = questions(tmp_path)
     swapped = dataclasses.replace(made, questions=made.annotations)
-    with pytest.raises(RecipeError, match=r"train_annotations.json has no 'questions'"):
+    with pytest.raises(
+        RecipeError,
+        match=r"train_annotations.json holds VQA's annotations \(the answers\), not VQA's questions",
+    ):
         data.read_questions(swapped)
     with pytest.raises(RecipeError, match="no list of images with questions"):
         data.read_questions(dataclasses.replace(made, visual_genome=made.questions[0]))

@@ -15,6 +15,7 @@ from blip2.checkpoint import Loaded
 from blip2.generation import num_descriptions
 from blip2.model import Blip2
 from blip2.presets import ORGANIZATION, find_preset
+from train.data import published
 from train.evaluation import Figures, scenes
 from train.evaluation import annotations as files
 from train.evaluation.annotations import AnnotationError, DataSet, with_pictures
@@ -156,9 +157,9 @@ def read_data(
 
 def _captions(name: str, split: str, path: Path) -> tuple[list[files.Example], list[str]]:
     if name == "nocaps":
-        return files.captions(path, files.NOCAPS), []
-    kind = files.kind_of(files.read_json(path))
-    if kind == files.CAPTIONS and name.startswith("coco-"):
+        return files.captions(path, published.NOCAPS), []
+    kind = published.kind_of(published.read_json(path))
+    if kind == published.CAPTIONS and name.startswith("coco-"):
         examples = files.captions(path)
         note = f"of all {len(examples)} pictures of {path.name}: the paper's are of Karpathy's test split"
         return examples, [note]
