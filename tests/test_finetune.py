@@ -629,6 +629,43 @@ def test_scenes_give_each_task_its_text():
     assert "qformer_input_ids" in made["vqa"] and "qformer_input_ids" not in made["retrieval"]
 
 
+@pytest.mark.parametrize("name", ["scenes-opt", "scenes-flan-t5"])
+def test_the_language_model_is_read_in_its_precision(name, models, monkeypatch):
+    """It alone is in bfloat16, rounded once, and no float32 copy of any of its tensors was ever made."""
+    exact = blip2.load(models / name, precision="float32", device="cpu").model
+    blip2.packed.unpack(exact)
+    language = {tuple(p.shape) for p in exact.language_model.parameters()}
+    language -= {tuple(p.shape) for n, p in exact.named_parameters() if not n.startswith("language_model.")}
+    assert len(language) >= 2
+    made = []  # dtypes of what lies in memory in one of those shapes
+
+    def watched(function):
+        def watching(*arguments, **options):
+            tensor = function(*arguments, **options)
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta and tuple(tensor.shape) in language:
+                made.append(tensor.dtype)
+            return tensor
+
+        return watching
+
+    monkeypatch.setattr("blip2.shards._empty", watched(blip2.shards._empty))
+    for method in ("to", "float", "type", "clone"):
+        monkeypatch.setattr(torch.Tensor, method, watched(getattr(torch.Tensor, method)))
+    monkeypatch.setattr(torch, "empty_like", watched(torch.empty_like))
+    recipe = dataclasses.replace(
+        RECIPES["scenes-caption-opt"](), start_from=str(models / name),
+        execution=recipes.Execution(language_precision="bfloat16"),
+    )  # fmt: skip
+    model, _ = start.load(recipe)
+    monkeypatch.undo()
+    assert set(made) == {torch.bfloat16}
+    for key, value in model.state_dict().items():
+        dtype = torch.bfloat16 if key.startswith("language_model.") else torch.float32
+        assert value.dtype == dtype and torch.equal(value, exact.state_dict()[key].to(dtype)), key
+    with pytest.raises(ValueError, match="'int8' with precision 'float32': both have to be of float32, bf"):
+        blip2.load(models / name, precision="float32", language_precision="int8")
+
+
 def test_frozen_parts_are_saved_as_they_were_stored(models):
     """The language model was held in bfloat16; what is saved has all its digits, and what was trained."""
     recipe = dataclasses.replace(
