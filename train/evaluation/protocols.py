@@ -240,14 +240,19 @@ def table_rows(
     return found
 
 
+def changes(made_of: Mapping[str, Any]) -> list[str]:
+    """The settings of an evaluation that are not its task's own, in words."""
+    usual = TASKS[made_of["task"]].settings
+    return [
+        f"{name} {value}"
+        for name, value in made_of["settings"].items()
+        if (made_of["own_prompt"] if name == "prompt" else value != usual[name])
+    ]
+
+
 def _differences(task: Task, made_of: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
     """What keeps an evaluation from being the paper's, in brackets."""
-    changed = {
-        name: value
-        for name, value in made_of["settings"].items()
-        if (made_of["own_prompt"] if name == "prompt" else value != task.settings[name])
-    }
-    parts = [f"{name} {value}" for name, value in changed.items()]
+    parts = changes(made_of)
     if made_of["adapter"]:
         parts.append(f"adapter {made_of['adapter']['name']}")
     if scores["examples"] != task.size:
