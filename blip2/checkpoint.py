@@ -30,7 +30,7 @@ from blip2.novelty import read as read_novelty
 from blip2.packed import pack
 from blip2.placement import main_device, make_device_map, read_budget, spread
 from blip2.presets import PRECISIONS, PRESETS, Preset
-from blip2.processing import Processor
+from blip2.processing import Processor, question_prompt
 from blip2.progress import quiet, watched
 from blip2.quantize import (
     DTYPES,
@@ -199,6 +199,7 @@ def load(
         weakref.finalize(model, _remove, scratch)
     if worn is not None:
         put_on(model, worn, name)
+        processor.question_prompt = question_prompt(model.config)
     if budget is None:  # accelerate moves the weights of models in pieces
         pack(model)
     novelty = read_novelty(folder, layout.config.qformer_config.encoder_hidden_size)

@@ -160,6 +160,18 @@ def test_a_question_can_enter_the_qformer_too(assets, sets, tmp_path, monkeypatc
         assert prompts == [f"Question: {question} Answer:" for question in options["questions"]]
 
 
+def test_a_tuned_model_is_asked_as_it_was_trained(assets, sets, tmp_path):
+    """The paper fine-tunes Flan-T5 on "Question: {} Answer:", and asks it zero-shot for a short answer."""
+    for model, frame in (("tuned", "Question: {} Answer:"), ("odd", "{} Tell me:")):
+        loaded = checkpoint.load.__wrapped__("scenes-flan-t5", device="cpu")
+        loaded.model.config.question_prompt = frame
+        checkpoint.save(loaded.model, loaded.processor, tmp_path / model)
+        line = command("gqa", sets, tmp_path / f"{model}-out", "--limit", "1", model=tmp_path / model)
+        assert main(line) == 0
+        made = json.loads((tmp_path / f"{model}-out" / "settings.json").read_text())
+        assert made["settings"]["prompt"] == frame and not made["own_prompt"]
+
+
 WRONG = [
     (["vqav2"], {"--questions": "coco/captions_val2014.json"}, "holds COCO captions, not VQA's questions"),
     (

@@ -496,7 +496,7 @@ def test_command(name, models, tmp_path):
     recipe = RECIPES[name]()
     wanted = {"start-from": models / recipe.start_from, "resolution": 42, "save": "best"}
     if recipe.stage1:
-        wanted["stage1"] = models / recipe.stage1
+        wanted |= {"stage1": models / recipe.stage1, "prompt": "{} It is"}
     assert finetune.main([name, *options(tmp_path / "run", **wanted)]) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["recipe"] == name and config["resolution"] == 42 and config["fit"]["layer_decay"] == 0.9
@@ -507,6 +507,8 @@ def test_command(name, models, tmp_path):
     key = "encoder.layers.1.mlp.fc1.weight"
     assert not torch.equal(loaded.model.vision_model.state_dict()[key], before.vision_model.state_dict()[key])
     assert loaded.processor.image_size == 42
+    if recipe.task == "vqa":
+        assert loaded.processor.prompt("what?", loaded.processor.question_style) == "what? It is"
     if recipe.task != "retrieval":
         assert loaded.model.question_in_qformer == (recipe.task == "vqa")
         for key, value in before.language_model.state_dict().items():

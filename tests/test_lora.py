@@ -300,6 +300,7 @@ def test_a_compiled_step_takes_the_adapter(trained, monkeypatch):
 def test_a_folder_names_its_base_and_how_to_ask(bases, tmp_path):
     model = dressed(bases("opt"))
     model.config.num_descriptions, model.config.caption_prompt = 0, "a photo of"
+    model.config.question_prompt = "Q: {} A:"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "README.md").write_text("mine")
     with pytest.raises(RecipeError, match="is no adapter: choose another folder"):
@@ -314,6 +315,10 @@ def test_a_folder_names_its_base_and_how_to_ask(bases, tmp_path):
     loaded = load(folder, device="cpu")  # its folder stands for both
     assert loaded.name == "tiny-opt+run" and loaded.caption_prompt == "a photo of"
     assert loaded.model.config.num_descriptions == 0 and loaded.model.wears_adapter
+    asked = loaded.processor.prompt("what?", loaded.processor.question_style, [("how?", "so.")], "a dog.")
+    assert asked == "a dog. Q: how? A: so. Q: what? A:"  # as it was trained, not as the paper has it
+    assert loaded.processor.prompt("what?", "short") == "Question: what? Short answer:"
+    assert load(bases("opt"), device="cpu").processor.question_style == "question"
     assert load(adapter=folder, device="cpu").name == loaded.name
     assert save_adapter(model, tmp_path / "named", base="blip2-opt-2.7b").is_dir()
     assert read_adapter(tmp_path / "named").base == "blip2-opt-2.7b"
@@ -340,6 +345,10 @@ def test_names_that_travel(assets, tmp_path):
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "save the adapter again"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 30), "is broken"),
         (lambda folder: (folder / "blip2.json").write_text('{"num_descriptions": "a"}'), "is unknown"),
+        (
+            lambda folder: (folder / "blip2.json").write_text('{"question_prompt": "Q:"}'),
+            "is 'Q:': one {} in",
+        ),
         (lambda folder: change(folder, r=5), "28 of its tensors differ: .* instead of"),
         (lambda folder: change(folder, target_modules="nothing"), "does not fit tiny-opt"),
     ],
