@@ -139,7 +139,7 @@ def load(
             "cuda", "cuda:1".
         quantize_vision: int8 and nf4 for the image encoder, too.
         language_precision: float32, bfloat16 or float16 for the language model alone, which is read straight
-            into it, beside another `precision` of these three: for training, where the rest is in float32.
+            into it, beside another `precision` of these three. For training: no matrix is laid out for use.
         max_memory: bytes of weights that devices may hold, such as {"cuda:0": "20GB", "cpu": "8GB"}. A model
             that the first of them, a GPU before the CPU, does not hold is spread over the others.
         offload_folder: keep what `max_memory` does not allow on the disk, in this folder, as long as the
@@ -200,7 +200,7 @@ def load(
     if worn is not None:
         put_on(model, worn, name)
         processor.question_prompt = question_prompt(model.config)
-    if budget is None:  # accelerate moves the weights of models in pieces
+    if budget is None and not beside:  # accelerate moves the weights of models in pieces
         pack(model)
     novelty = read_novelty(folder, layout.config.qformer_config.encoder_hidden_size)
     notes, offloaded = _notes(layout, precision), len(set(device_map.values())) > 1

@@ -162,14 +162,12 @@ def test_a_question_can_enter_the_qformer_too(assets, sets, tmp_path, monkeypatc
 
 def test_a_tuned_model_is_asked_as_it_was_trained(assets, sets, tmp_path):
     """The paper fine-tunes Flan-T5 on "Question: {} Answer:", and asks it zero-shot for a short answer."""
-    for model, frame in (("tuned", "Question: {} Answer:"), ("odd", "{} Tell me:")):
-        loaded = checkpoint.load.__wrapped__("scenes-flan-t5", device="cpu")
-        loaded.model.config.question_prompt = frame
-        checkpoint.save(loaded.model, loaded.processor, tmp_path / model)
-        line = command("gqa", sets, tmp_path / f"{model}-out", "--limit", "1", model=tmp_path / model)
-        assert main(line) == 0
-        made = json.loads((tmp_path / f"{model}-out" / "settings.json").read_text())
-        assert made["settings"]["prompt"] == frame and not made["own_prompt"]
+    loaded = checkpoint.load.__wrapped__("scenes-flan-t5", device="cpu")
+    loaded.model.config.question_prompt = "Question: {} Answer:"
+    checkpoint.save(loaded.model, loaded.processor, tmp_path / "tuned")
+    assert main(command("gqa", sets, tmp_path / "out", "--limit", "1", model=tmp_path / "tuned")) == 0
+    made = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert made["settings"]["prompt"] == "Question: {} Answer:" and not made["own_prompt"]
 
 
 WRONG = [

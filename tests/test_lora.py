@@ -318,7 +318,6 @@ def test_a_folder_names_its_base_and_how_to_ask(bases, tmp_path):
     asked = loaded.processor.prompt("what?", loaded.processor.question_style, [("how?", "so.")], "a dog.")
     assert asked == "a dog. Q: how? A: so. Q: what? A:"  # as it was trained, not as the paper has it
     assert loaded.processor.prompt("what?", "short") == "Question: what? Short answer:"
-    assert load(bases("opt"), device="cpu").processor.question_style == "question"
     assert load(adapter=folder, device="cpu").name == loaded.name
     assert save_adapter(model, tmp_path / "named", base="blip2-opt-2.7b").is_dir()
     assert read_adapter(tmp_path / "named").base == "blip2-opt-2.7b"
@@ -423,7 +422,7 @@ def test_chat_takes_an_adapter(trained, picture, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["model"] == "tiny-opt+opt"
 
 
-def test_the_app_serves_an_adapter(trained, assets, capsys):
+def test_the_app_serves_an_adapter(trained, assets, tmp_path, capsys):
     folder = str(trained("opt")[1])
     models = Models(folder)
     loaded = models.get(folder)
@@ -431,7 +430,10 @@ def test_the_app_serves_an_adapter(trained, assets, capsys):
     assert models.choices()[0] == ("tiny-opt + opt (adapter)", folder)
     card = models.card(folder)
     assert "LoRA of rank 3" in card and "tiny-opt" in card and cards.title(folder) == "opt"
-    assert cards.caption_prompt(folder) == ""
+    assert cards.caption_prompt(folder) == cards.notice(folder) == ""
+    drawn = shutil.copytree(folder, tmp_path / "drawn")
+    change(drawn, base_model_name_or_path="scenes-opt")
+    assert "scenes-opt</strong> knows drawn scenes only" in cards.notice(str(drawn))
     with pytest.raises(SystemExit) as stop:
         app(["--adapter", folder, "--model", "scenes-opt"])
     assert stop.value.code == 2 and "leave --model out" in capsys.readouterr().err

@@ -165,6 +165,8 @@ def machine() -> str:
 def notice(name: str, served: bool = True) -> str:
     """HTML: what the embedded models know; nothing for others. `served` says whether released ones are."""
     base = name.rpartition("@")[0] or name
+    if worn := adapter_of(base):
+        base = worn.base
     if base not in EMBEDDED:
         return ""
     instead = "choose a released model" if served else "there are the released models, not served here"
