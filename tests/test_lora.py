@@ -17,9 +17,10 @@ from blip2.checkpoint import CheckpointError, load, save
 from blip2.cli import main
 from blip2.packed import PackedLinear
 from blip2.processing import Processor
-from blip2.ui import cards
+from blip2.ui import cards, compare, talk
 from blip2.ui import main as app
 from blip2.ui.models import Models
+from blip2.ui.words import receipt
 from train.datasets import RecipeError
 from train.lora import LoRA, save_adapter, share, wear
 from train.objectives import Stage2
@@ -422,7 +423,7 @@ def test_chat_takes_an_adapter(trained, picture, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["model"] == "tiny-opt+opt"
 
 
-def test_the_app_serves_an_adapter(trained, assets, tmp_path, capsys):
+def test_the_app_serves_an_adapter(trained, assets, tmp_path, monkeypatch, capsys):
     folder = str(trained("opt")[1])
     models = Models(folder)
     loaded = models.get(folder)
@@ -434,6 +435,11 @@ def test_the_app_serves_an_adapter(trained, assets, tmp_path, capsys):
     drawn = shutil.copytree(folder, tmp_path / "drawn")
     change(drawn, base_model_name_or_path="scenes-opt")
     assert "scenes-opt</strong> knows drawn scenes only" in cards.notice(str(drawn))
+    monkeypatch.setattr("blip2.ui.models.fitting.precisions", lambda base: [("Full", "auto")])
+    assert models.precisions(folder) and not models.precisions(str(drawn))  # nothing to gain by few bits
+    assert talk._suggestions(str(drawn)) == talk.DRAWN
+    assert compare.pair(Models(str(drawn))) == ("scenes-opt", str(drawn))  # what did training change?
+    assert "Sent to drawn<" in receipt(str(drawn), "a", [])
     with pytest.raises(SystemExit) as stop:
         app(["--adapter", folder, "--model", "scenes-opt"])
     assert stop.value.code == 2 and "leave --model out" in capsys.readouterr().err
