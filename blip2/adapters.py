@@ -21,8 +21,8 @@ from blip2.presets import DEFAULT, PRESETS, find_preset
 from blip2.shards import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MANNERS = "blip2.json"  # beside them, and no matter to peft: settings of the adapted model's configuration
-SETTINGS: dict[str, type] = {"num_descriptions": int, "caption_prompt": str}  # that may be in it
+MANNERS = "blip2.json"  # beside them, no matter to peft: SETTINGS of the adapted model's configuration
+SETTINGS: dict[str, type] = {"num_descriptions": int, "caption_prompt": str, "question_prompt": str}
 PREFIX = "base_model.model."  # peft puts it before every name
 NAME = "default"  # peft's name for a model's only adapter
 CACHED = re.compile(r"models--(.+?)--(.+)")  # a repository's folder in the Hub's cache
@@ -36,7 +36,8 @@ class Adapter:
         base: the model it was trained on: a name, a Hub id or a folder; "" where it does not say.
         rank: of its matrices.
         settings: how the adapted model wants to be asked, where that is not as its base: how many captions it
-            reads before a question (num_descriptions), and what its captions go on from (caption_prompt).
+            reads before a question (num_descriptions), what its captions go on from (caption_prompt), and
+            what stands around a question (question_prompt).
     """
 
     folder: Path

@@ -30,7 +30,7 @@ from blip2.novelty import read as read_novelty
 from blip2.packed import pack
 from blip2.placement import main_device, make_device_map, read_budget, spread
 from blip2.presets import PRECISIONS, PRESETS, Preset
-from blip2.processing import Processor
+from blip2.processing import Processor, question_prompt
 from blip2.progress import quiet, watched
 from blip2.quantize import (
     DTYPES,
@@ -116,6 +116,7 @@ def load(
     precision: str = "auto",
     device: str | torch.device = "auto",
     quantize_vision: bool = False,
+    language_precision: str | None = None,
     max_memory: Mapping[int | str, int | str] | str | None = None,
     offload_folder: str | Path | None = None,
     revision: str | None = None,
@@ -137,6 +138,8 @@ def load(
         device: "auto" (CUDA, else MPS, else the CPU; several GPUs where one is not enough), "cpu", "mps",
             "cuda", "cuda:1".
         quantize_vision: int8 and nf4 for the image encoder, too.
+        language_precision: float32, bfloat16 or float16 for the language model alone, which is read straight
+            into it, beside another `precision` of these three. For training: no matrix is laid out for use.
         max_memory: bytes of weights that devices may hold, such as {"cuda:0": "20GB", "cpu": "8GB"}. A model
             that the first of them, a GPU before the CPU, does not hold is spread over the others.
         offload_folder: keep what `max_memory` does not allow on the disk, in this folder, as long as the
@@ -154,6 +157,12 @@ def load(
     """
     if precision != "auto" and precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}: choose auto, {', '.join(PRECISIONS)}")
+    beside = language_precision is not None
+    if beside and (not {language_precision, precision} <= DTYPES.keys() or max_memory is not None):
+        raise ValueError(
+            f"language_precision {language_precision!r} with precision {precision!r}: both have to be of "
+            f"{', '.join(DTYPES)}, and max_memory left out"
+        )
     whole = "an adapter needs a model in one piece: leave out max_memory"
     if adapter is not None and max_memory is not None:
         raise ValueError(whole)
@@ -174,21 +183,24 @@ def load(
     if layout.config.image_token_index is None and not layout.stage1:
         # Early revisions lack it; newer ones appended <image> at the first free id.
         layout.config.image_token_index = _image_token(processor)
-    if budget is None and device == "auto" and worn is None:
+    if budget is None and device == "auto" and worn is None and not beside:
         budget = spread(layout, precision, where, quantize_vision)
     device_map: dict[str, Any] = {"": where}
     if budget is not None:
         disk = offload_folder is not None
         device_map = make_device_map(layout, precision, where, quantize_vision, budget, disk)
     elif check_memory:
-        check(name, layout, precision, where, quantize_vision)
+        check(name, layout, precision, where, quantize_vision, language_precision)
     with _scratch(name, offload_folder if "disk" in device_map.values() else None) as scratch:
         with watched(watch):
-            model = _load_model(layout, precision, device_map, where, quantize_vision, scratch)
+            model = _load_model(
+                layout, precision, device_map, where, quantize_vision, scratch, language_precision
+            )
         weakref.finalize(model, _remove, scratch)
     if worn is not None:
         put_on(model, worn, name)
-    if budget is None:  # accelerate moves the weights of models in pieces
+        processor.question_prompt = question_prompt(model.config)
+    if budget is None and not beside:  # accelerate moves the weights of models in pieces
         pack(model)
     novelty = read_novelty(folder, layout.config.qformer_config.encoder_hidden_size)
     notes, offloaded = _notes(layout, precision), len(set(device_map.values())) > 1
@@ -228,6 +240,7 @@ def _load_model(
     device: torch.device,
     quantize_vision: bool = False,
     offload_folder: Path | None = None,
+    language_precision: str | None = None,
 ) -> Blip2 | Blip2Representation:
     """Build the model and fill it; strict.
 
@@ -238,10 +251,14 @@ def _load_model(
         device: to compute on.
         quantize_vision: see `load`.
         offload_folder: for what `device_map` puts on the disk.
+        language_precision: see `load`.
     """
     model_class: type[Any] = Blip2Representation if layout.stage1 else Blip2
     options: dict[str, Any] = {}
     dtype = compute_dtype(precision, device, layout.config.text_config.model_type)
+    language_dtype = None
+    if language_precision is not None and not layout.stage1:
+        options["language_dtype"] = language_dtype = DTYPES[language_precision]
     if precision in QUANTIZED and stored_precision(layout) is None:
         options["quantization_config"] = quantization(
             precision, dtype, skipped(quantize_vision), awkward(layout, device)
@@ -252,7 +269,7 @@ def _load_model(
         source = None
         options["state_dict"] = {
             name: tensor
-            for name, tensor in open_tensors(files, final_dtypes(layout, dtype)).items()
+            for name, tensor in open_tensors(files, final_dtypes(layout, dtype, language_dtype)).items()
             if not name.startswith(EXTERNAL)
         }
     with quiet(progress=layout.num_parameters > SMALL):

@@ -31,6 +31,7 @@ def needed(
     precision: str,
     device: "str | torch.device" = "auto",
     quantize_vision: bool = False,
+    language_precision: str | None = None,
 ) -> int:
     """Bytes of memory that a model takes, with what it computes in.
 
@@ -39,6 +40,7 @@ def needed(
         precision: one of `blip2.PRECISIONS`.
         device: to compute on.
         quantize_vision: as for `blip2.load`.
+        language_precision: of a folder's language model, as for `blip2.load`.
     """
     device = choose_device(device)
     if isinstance(source, Preset):
@@ -47,11 +49,16 @@ def needed(
     from blip2.quantize import compute_dtype, total_bytes
 
     dtype = compute_dtype(precision, device, source.config.text_config.model_type)
-    return room(total_bytes(source, precision, dtype, quantize_vision))
+    return room(total_bytes(source, precision, dtype, quantize_vision, language_precision))
 
 
 def check(
-    name: str, layout: "Layout", precision: str, device: "torch.device", quantize_vision: bool = False
+    name: str,
+    layout: "Layout",
+    precision: str,
+    device: "torch.device",
+    quantize_vision: bool = False,
+    language_precision: str | None = None,
 ) -> None:
     """Stop before a model is loaded that the free memory does not hold.
 
@@ -61,6 +68,7 @@ def check(
         precision: to load it in, not "auto".
         device: to load it to.
         quantize_vision: as for `blip2.load`.
+        language_precision: as for `blip2.load`.
 
     Raises:
         DoesNotFitError: it does not; the message says what is needed, what is free, and what fits.
@@ -68,7 +76,7 @@ def check(
     free = memory(device).free
     if room(4 * layout.num_parameters) <= max(free, SAFE):
         return
-    most = needed(layout, precision, device, quantize_vision)
+    most = needed(layout, precision, device, quantize_vision, language_precision)
     if most > free:
         where = "memory" if device.type == "cpu" else f"the memory of {device}"
         raise DoesNotFitError(

@@ -22,16 +22,23 @@ class Blip2(Blip2Base):
 
     With `qformer_config.use_qformer_text_input` the question enters the Q-Former too, beside the queries, as
     in the paper's VQA fine-tuning (Sec. 4.3); then an image's queries exist only together with a question.
+
+    Args:
+        config: sizes.
+        language_dtype: of the language model's parameters, where that is another than of the rest.
     """
 
     _heads = ("language_projection",)
 
-    def __init__(self, config: Blip2Config):
+    def __init__(self, config: Blip2Config, language_dtype: torch.dtype | None = None):
         super().__init__(config)
         text = config.text_config
         self.language_projection = nn.Linear(config.qformer_config.hidden_size, text.hidden_size)
         family = AutoModelForCausalLM if config.use_decoder_only_language_model else AutoModelForSeq2SeqLM
         self.language_model = family.from_config(text)
+        if language_dtype is not None:  # without numbers yet, where a checkpoint is read straight into it
+            for parameter in self.language_model.parameters():
+                parameter.data = parameter.data.to(language_dtype)
         self.language_frozen = False
         self.post_init()
 

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from blip2.settings import Generation
+from blip2.settings import FRAMES, Generation
 
 if TYPE_CHECKING:
     from transformers import Blip2Config
@@ -89,7 +89,7 @@ class Preset:
     @property
     def question(self) -> str:
         """The frame around a question (Sec. 4.1); "" for one that scores texts."""
-        frames = {"opt": "Question: {} Answer:", "t5": "Question: {} Short answer:"}
+        frames = {"opt": FRAMES["question"], "t5": FRAMES["short"]}
         return frames.get(self.language_model, "")
 
     @property

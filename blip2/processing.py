@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 
-from .errors import PromptError
+from .errors import CheckpointError, PromptError
 from .images import CLIP_MEAN, CLIP_STD, ImageSource, open_image, preprocess
-from .settings import Style
+from .settings import FRAMES, Style
 
 Family = Literal["opt", "t5", "bert"]
 Turn = tuple[str, str]
@@ -37,6 +37,7 @@ class Processor:
         qformer_tokenizer: for models whose Q-Former reads the question too.
         context: how many tokens the language model reads and writes in all, queries included; None: no limit.
         end: what ends a caption in a decoder's training, see `blip2.language.Manners`.
+        question_prompt: the frame that the model was fine-tuned with, {} where the question goes; or None.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Processor:
         context: int | None = None,
         qformer_tokenizer: PreTrainedTokenizerBase | None = None,
         end: str = "\n",
+        question_prompt: str | None = None,
     ):
         self.tokenizer = tokenizer
         self.family: Family = family
@@ -60,6 +62,7 @@ class Processor:
         self.context = context
         self.qformer_tokenizer = qformer_tokenizer
         self.end = end
+        self.question_prompt = question_prompt
         tokenizer.padding_side = "left" if family == "opt" else "right"
 
     # --- loading and saving ---
@@ -106,6 +109,7 @@ class Processor:
             context=context,
             qformer_tokenizer=qformer_tokenizer,
             end=_end(tokenizer, text) if family == "opt" else "\n",
+            question_prompt=question_prompt(config),
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -163,7 +167,8 @@ class Processor:
         Args:
             text: a question, a caption's beginning, or with style "raw" anything.
             style: "question" and "short" frame a question and the turns before it ("short" is Flan-T5's
-                default: "Question: ... Short answer:"); "caption" and "raw" leave text as it is.
+                default: "Question: ... Short answer:"), "own" as the model was fine-tuned; "caption" and
+                "raw" leave text as it is.
             history: earlier questions and their answers, oldest first.
             description: of the picture, put before the questions ("describe, then answer").
 
@@ -181,19 +186,22 @@ class Processor:
         text = " ".join(text.split())
         if style == "caption":
             return text
-        if style not in ("question", "short"):
+        if style not in ("own", *FRAMES):
             raise PromptError(f"unknown prompt style {style!r}: use question, short, caption or raw")
         if not text:
             raise PromptError("the question is empty: ask something about the picture")
         if text.lower().startswith("question:"):
             return text  # someone wrote the frame by hand
+        if style == "own" and not self.question_prompt:
+            style = self.question_style
         if style == "question" and self.has_chat_frame:
             return self._chat_frame(text, history, description)
-        answer = "Answer:" if style == "question" else "Short answer:"
-        turns = [f"Question: {question} Answer: {reply.rstrip('.')}." for question, reply in history]
+        own = self.question_prompt if style == "own" else None
+        earlier, frame = own or FRAMES["question"], own or FRAMES[style]
+        turns = [f"{earlier.replace('{}', question)} {reply.rstrip('.')}." for question, reply in history]
         if description:
             turns.insert(0, f"{description.strip().rstrip('.')}.")
-        return " ".join([*turns, f"Question: {text} {answer}"])
+        return " ".join([*turns, frame.replace("{}", text)])
 
     @property
     def has_chat_frame(self) -> bool:
@@ -222,7 +230,10 @@ class Processor:
 
     @property
     def question_style(self) -> Style:
-        """The frame for questions that the paper uses with this language model."""
+        """The frame for questions: the model's own where it was fine-tuned, or the paper's for its family."""
+        if self.question_prompt:
+            named: dict[str, Style] = {FRAMES["question"]: "question", FRAMES["short"]: "short"}
+            return named.get(self.question_prompt, "own")
         return "question" if self.family == "opt" else "short"
 
     def text(self, prompts: str | Sequence[str], max_length: int | None = None) -> dict[str, Tensor]:
@@ -281,6 +292,18 @@ class Processor:
             return []
         words = [word.strip(".,?!:;\"'()") for word in text.split()]
         return [w for w in words if w and unknown in self.tokenizer(w, add_special_tokens=False)["input_ids"]]
+
+
+def question_prompt(config: Any) -> str | None:
+    """The frame of questions that a model was fine-tuned with, as its configuration says; None: it was not.
+
+    Raises:
+        CheckpointError: no place for the question in it.
+    """
+    frame = getattr(config, "question_prompt", None)
+    if frame is not None and (not isinstance(frame, str) or frame.count("{}") != 1):
+        raise CheckpointError(f"question_prompt is {frame!r}: one {{}} in it says where the question goes")
+    return frame
 
 
 def pixel_size(settings: Any) -> int:

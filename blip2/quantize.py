@@ -34,7 +34,7 @@ UNQUANTIZED = (
     "itm_head",
     "qformer",
 )
-VISION = "vision_model"
+VISION, LANGUAGE = "vision_model", "language_model."
 KEPT = ("qformer", "query_tokens", "wo")  # what float16 keeps in float32
 T5_OUTPUT = "language_model.lm_head.weight"
 
@@ -116,16 +116,25 @@ def is_kept(name: str) -> bool:
     return not {*KEPT}.isdisjoint(name.split("."))
 
 
-def final_dtypes(layout: Layout, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
+def final_dtypes(
+    layout: Layout, dtype: torch.dtype, language_dtype: torch.dtype | None = None
+) -> Callable[[str], torch.dtype | None]:
     """What each tensor of a folder becomes before it is quantized; None where only transformers knows.
 
     Args:
         layout: of the folder.
         dtype: what is computed in.
+        language_dtype: what the language model is in, if in another.
     """
     if stored_precision(layout) is not None or layout.config.text_config.model_type not in ("opt", "t5"):
         return lambda name: None  # other language models may keep more in float32
-    return lambda name: torch.float32 if dtype == torch.float16 and is_kept(name) else dtype
+
+    def final(name: str) -> torch.dtype:
+        if language_dtype is not None and name.startswith(LANGUAGE):
+            return language_dtype
+        return torch.float32 if dtype == torch.float16 and is_kept(name) else dtype
+
+    return final
 
 
 def awkward(layout: Layout, device: torch.device) -> list[str]:
@@ -184,6 +193,7 @@ def weight_bytes(
     dtype: torch.dtype = torch.bfloat16,
     quantize_vision: bool = False,
     untied: bool = False,
+    language_precision: str | None = None,
 ) -> dict[str, int]:
     """Bytes that each parameter takes in memory, tied ones once.
 
@@ -193,6 +203,7 @@ def weight_bytes(
         dtype: under int8 and nf4, that of what is not quantized.
         quantize_vision: as for `blip2.load`.
         untied: Flan-T5's output matrix is its own, as in the releases; transformers builds it tied.
+        language_precision: as for `blip2.load`.
     """
     skip = {*skipped(quantize_vision), *KEPT}
     dtype = DTYPES.get(precision, dtype)
@@ -209,6 +220,8 @@ def weight_bytes(
         size: float = dtype.itemsize
         if name in shrunk:
             size = BYTES[precision]
+        elif language_precision is not None and name.startswith(LANGUAGE):
+            size = DTYPES[language_precision].itemsize
         elif dtype == torch.float16 and is_kept(name):
             size = 4
         sizes[name] = math.ceil(size * parameter.numel())
@@ -216,15 +229,19 @@ def weight_bytes(
 
 
 def total_bytes(
-    layout: Layout, precision: str, dtype: torch.dtype = torch.bfloat16, quantize_vision: bool = False
+    layout: Layout,
+    precision: str,
+    dtype: torch.dtype = torch.bfloat16,
+    quantize_vision: bool = False,
+    language_precision: str | None = None,
 ) -> int:
     """Bytes that the weights of a folder take in memory; see `weight_bytes`."""
     if stored_precision(layout) is not None:
         return sum(file.stat().st_size for file in weight_files(layout.folder, layout.variant))
     t5 = layout.config.text_config.model_type == "t5" and T5_OUTPUT in layout.shapes
-    known = sum(weight_bytes(empty_model(layout), precision, dtype, quantize_vision, t5).values())
+    sizes = weight_bytes(empty_model(layout), precision, dtype, quantize_vision, t5, language_precision)
     others = sum(math.prod(shape) for name, shape in layout.shapes.items() if name.startswith(EXTERNAL))
-    return known + others * DTYPES.get(precision, dtype).itemsize
+    return sum(sizes.values()) + others * DTYPES.get(precision, dtype).itemsize
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -7,7 +7,8 @@ torch is still being imported.
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-Style = Literal["question", "short", "caption", "raw"]  # the frame around a prompt
+Style = Literal["own", "question", "short", "caption", "raw"]  # the frame around a prompt
+FRAMES = {"question": "Question: {} Answer:", "short": "Question: {} Short answer:"}
 Method = Literal["greedy", "beam", "nucleus"]
 
 

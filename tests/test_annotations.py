@@ -6,6 +6,7 @@ import shutil
 import official
 import pytest
 
+from train.data import published
 from train.evaluation import annotations
 from train.evaluation.annotations import AnnotationError, Example, Pictures, with_pictures
 
@@ -53,7 +54,7 @@ def test_captions_and_domains(sets):
     assert [one.id for one in found] == official.coco_numbers()
     assert all(len(one.references) == 5 and not one.facts for one in found)
     path = sets / "nocaps" / "nocaps_val_4500_captions.json"
-    found = annotations.captions(path, annotations.NOCAPS)
+    found = annotations.captions(path, published.NOCAPS)
     assert [one.facts["domain"] for one in found] == [*official.DOMAINS, *official.DOMAINS]
     assert all(len(one.references) == 10 for one in found)
 
@@ -77,20 +78,20 @@ def test_karpathy(sets):
 
 
 READERS = {
-    annotations.QUESTIONS: lambda path: annotations.vqa(path, None),
-    annotations.GQA: annotations.gqa,
-    annotations.CAPTIONS: annotations.captions,
-    annotations.NOCAPS: lambda path: annotations.captions(path, annotations.NOCAPS),
-    annotations.KARPATHY: annotations.karpathy,
+    published.QUESTIONS: lambda path: annotations.vqa(path, None),
+    published.GQA: annotations.gqa,
+    published.CAPTIONS: annotations.captions,
+    published.NOCAPS: lambda path: annotations.captions(path, published.NOCAPS),
+    published.KARPATHY: annotations.karpathy,
 }
 PUBLISHED = {
-    "coco/v2_OpenEnded_mscoco_val2014_questions.json": annotations.QUESTIONS,
-    "coco/v2_mscoco_val2014_annotations.json": annotations.ANSWERS,
-    "coco/captions_val2014.json": annotations.CAPTIONS,
-    "coco/instances_val2014.json": annotations.OTHERS["instances"],
-    "coco/dataset_coco.json": annotations.KARPATHY,
-    "gqa/testdev_balanced_questions.json": annotations.GQA,
-    "nocaps/nocaps_val_4500_captions.json": annotations.NOCAPS,
+    "coco/v2_OpenEnded_mscoco_val2014_questions.json": published.QUESTIONS,
+    "coco/v2_mscoco_val2014_annotations.json": published.ANSWERS,
+    "coco/captions_val2014.json": published.CAPTIONS,
+    "coco/instances_val2014.json": published.OTHERS["instances"],
+    "coco/dataset_coco.json": published.KARPATHY,
+    "gqa/testdev_balanced_questions.json": published.GQA,
+    "nocaps/nocaps_val_4500_captions.json": published.NOCAPS,
 }
 
 
@@ -103,9 +104,7 @@ def test_a_file_of_another_kind_is_named(sets, path):
             continue
         with pytest.raises(AnnotationError) as caught:
             reader(sets / path)
-        assert f"holds {PUBLISHED[path]}, not {kind} (such as {annotations.SUCH_AS[kind]})" in str(
-            caught.value
-        )
+        assert f"holds {PUBLISHED[path]}, not {kind} (such as {published.SUCH_AS[kind]})" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from blip2.processing import Processor
 from train import distributed
 from train.data.transforms import clean_caption
 from train.evaluate import main
-from train.evaluation import captioning, predictions, scenes, vqa
+from train.evaluation import MetricError, captioning, predictions, scene_table, scenes, vqa
 from train.evaluation.annotations import Example
 from train.evaluation.predictions import Predictions, units
 from train.evaluation.protocols import TASKS
@@ -159,6 +159,16 @@ def test_a_question_can_enter_the_qformer_too(assets, sets, tmp_path, monkeypatc
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["model"] == "run"
     for prompts, options in asked:
         assert prompts == [f"Question: {question} Answer:" for question in options["questions"]]
+
+
+def test_a_tuned_model_is_asked_as_it_was_trained(assets, sets, tmp_path):
+    """The paper fine-tunes Flan-T5 on "Question: {} Answer:", and asks it zero-shot for a short answer."""
+    loaded = checkpoint.load.__wrapped__("scenes-flan-t5", device="cpu")
+    loaded.model.config.question_prompt = "Question: {} Answer:"
+    checkpoint.save(loaded.model, loaded.processor, tmp_path / "tuned")
+    assert main(command("gqa", sets, tmp_path / "out", "--limit", "1", model=tmp_path / "tuned")) == 0
+    made = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert made["settings"]["prompt"] == "Question: {} Answer:" and not made["own_prompt"]
 
 
 WRONG = [
@@ -398,6 +408,60 @@ def test_table(assets, sets, tmp_path, capsys):
     assert "BLIP-2 ViT-g FlanT5-XXL" in shown and "65.0" in shown
     assert main(["--table", "7"]) == 1 and "table 7" in capsys.readouterr().err
     assert main(["--table", "2", str(tmp_path)]) == 1 and "holds no scores.json" in capsys.readouterr().err
+
+
+def drawn(task, model, figures, scenes=500, **changes):
+    """settings.json and scores.json of an evaluation on drawn scenes."""
+    settings = {**TASKS[task].settings, **({"descriptions": 12} if task == "scenes-vqa" else {}), **changes}
+    made_of = {"task": task, "split": "test", "model": model, "scenes": scenes, "settings": settings,
+               "limit": None, "own_prompt": False, "adapter": None}  # fmt: skip
+    return made_of, {"figures": figures}
+
+
+def test_table_of_the_drawn_world():
+    """A model is a row, however many folders it has; what was done otherwise is another, and says so."""
+    found = {
+        "a": drawn("scenes-caption", "scenes-opt", {"object recall": 98.4, "CIDEr": 237.53}),
+        "b": drawn("scenes-vqa", "scenes-opt", {"accuracy": 80.04, "color": 70}, descriptions=0),
+        "c": drawn("scenes-retrieval", "scenes-itm", {"TR@1": 99.6, "IR@1": 99.4, "ITC TR@1": 1}),
+        "d": drawn("scenes-vqa", "scenes-opt", {"accuracy": 94.15, "color": 99}),
+        "e": drawn("scenes-vqa", "scenes-opt", {"accuracy": 93, "color": 98}, unseen=True),
+    }
+    assert scene_table.markdown(found).splitlines() == [
+        "| 500 test scenes | color | all questions | objects in captions | CIDEr | TR@1 | IR@1 |",
+        "| --- | --: | --: | --: | --: | --: | --: |",
+        "| `scenes-opt` | 99.0 | 94.2 | 98.4 | 237.5 | | |",
+        "| `scenes-opt`, unseen True | 98.0 | 93.0 | | | | |",
+        "| `scenes-opt`, without captions | 70.0 | 80.0 | | | | |",
+        "| `scenes-itm` | | | | | 99.6 | 99.4 |",
+    ]
+    with pytest.raises(MetricError, match="of 300 test scenes and of 500 test scenes; a table is of one set"):
+        scene_table.markdown(found | {"f": drawn("scenes-vqa", "scenes-opt", {}, scenes=300)})
+    with pytest.raises(MetricError, match=r"f: its row, `scenes-opt`.*, has its figures already"):
+        scene_table.markdown(found | {"f": found["d"]})
+    with pytest.raises(MetricError, match="results of no drawn scenes"):
+        scene_table.markdown({"f": drawn("gqa", "scenes-opt", {})})
+
+
+def test_the_readmes_table_is_the_commands():
+    """Its heads, rows and form, for the figures that stand in it; of the embedded checkpoints, whole."""
+    page = (ROOT / "README.md").read_text()
+    shown = page.partition("<!-- evaluation: begin -->\n")[2].partition("<!-- evaluation: end -->")[0]
+    head, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in shown.splitlines()]
+    assert head[0] == "500 test scenes" and head[1:] == list(scene_table.COLUMNS)
+    found = {}
+    for name, *cells in rows:
+        model, _, changed = name.partition(", ")
+        for task in ("scenes-vqa", "scenes-caption", "scenes-retrieval"):
+            columns = {head: figure for head, (of, figure) in scene_table.COLUMNS.items() if of == task}
+            figures = {
+                columns[h]: float(c) for h, c in zip(head[1:], cells, strict=True) if h in columns and c
+            }
+            if figures:
+                without = {"descriptions": 0} if changed == "without captions" else {}
+                found[f"{name} {task}"] = drawn(task, model.strip("`"), figures, **without)
+    assert scene_table.markdown(found) == shown
+    assert {name for name, *_ in rows} >= {"`scenes-opt`", "`scenes-flan-t5`", "`scenes-itm`"}
 
 
 def test_objects_of_drawn_captions():

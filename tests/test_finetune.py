@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from serving import tiny_checkpoints
 
 import blip2
 from blip2.vision import interpolate_positions
-from train import finetune, state
+from train import finetune, plan, pretrain, state
+from train.count import Counts
 from train.datasets import RecipeError, Scenes
 from train.domain import domain
-from train.engine import FitConfig, _backward, fit, make_accelerator
+from train.engine import FitConfig, Result, _backward, fit, make_accelerator
 from train.loader import DataError
 from train.objectives import Retrieval, Stage2
 from train.tuning import data, recipes, shapes, start
@@ -26,12 +28,12 @@ from train.tuning.tokens import prompted
 
 KEYS = 39 * 1408  # biases of EVA-CLIP's keys, which change nothing; LAVIS has none
 FIT = FitConfig(
-    steps=10,
+    steps=4,
     learning_rate=1e-3,
     warmup_steps=1,
     precision="fp32",
-    log_every=5,
-    save_every=5,
+    log_every=2,
+    save_every=2,
     keep_states=5,
     layer_decay=0.8,
     trackers=(),
@@ -164,12 +166,12 @@ def test_a_caption_of_the_same_picture_is_no_mismatch(micro):
         return compute(images, ids, *rest, **options)
 
     trained.model.itm = itm
-    for step in range(12):
+    for step in range(6):
         with torch.no_grad():
             for part in trained.split(dict(batch), step):
                 trained(part)
     pairs = {(of[tuple(own)], of[tuple(drawn)]) for own, drawn in seen}
-    assert len(seen) == 12 * 6 and len(pairs) >= 4
+    assert len(seen) == 6 * 6 and len(pairs) >= 4
     assert not any(own == drawn for own, drawn in pairs)
 
 
@@ -285,7 +287,7 @@ def test_layer_decay_scales_each_block_of_a_real_run(tmp_path):
 
 @pytest.mark.parametrize("family", ["retrieval", "instruct"])
 def test_training_resumes_bitwise(family, tmp_path):
-    """Five steps and five more equal ten, dropout, drop path and negatives included."""
+    """Two steps and two more equal four, dropout, drop path and negatives included."""
 
     def made():
         trained = objective(family, 2, dropout=0.1)
@@ -295,8 +297,8 @@ def test_training_resumes_bitwise(family, tmp_path):
     whole, parts, again = made(), made(), made()
     fit(whole, tuned.loader(family), FIT, tmp_path / "whole")
     fit(parts, tuned.loader(family), FIT, tmp_path / "parts")
-    state.latest(tmp_path / "parts").rename(tmp_path / "gone")  # as if the run had died after step 5
-    assert state.latest(tmp_path / "parts").name.endswith("5")
+    state.latest(tmp_path / "parts").rename(tmp_path / "gone")  # as if the run had died after step 2
+    assert state.latest(tmp_path / "parts").name.endswith("2")
     assert fit(again, tuned.loader(family), FIT, tmp_path / "parts").finished
     for name, p in again.named_parameters():
         assert torch.equal(p, whole.get_parameter(name)), name
@@ -417,7 +419,10 @@ def test_a_fifth_of_visual_genome_comes_up_in_an_epoch(tmp_path):
 def test_files_that_are_no_questions(tmp_path):
     made = questions(tmp_path)
     swapped = dataclasses.replace(made, questions=made.annotations)
-    with pytest.raises(RecipeError, match=r"train_annotations.json has no 'questions'"):
+    with pytest.raises(
+        RecipeError,
+        match=r"train_annotations.json holds VQA's annotations \(the answers\), not VQA's questions",
+    ):
         data.read_questions(swapped)
     with pytest.raises(RecipeError, match="no list of images with questions"):
         data.read_questions(dataclasses.replace(made, visual_genome=made.questions[0]))
@@ -491,7 +496,7 @@ def test_command(name, models, tmp_path):
     recipe = RECIPES[name]()
     wanted = {"start-from": models / recipe.start_from, "resolution": 42, "save": "best"}
     if recipe.stage1:
-        wanted["stage1"] = models / recipe.stage1
+        wanted |= {"stage1": models / recipe.stage1, "prompt": "{} It is"}
     assert finetune.main([name, *options(tmp_path / "run", **wanted)]) == 0
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["recipe"] == name and config["resolution"] == 42 and config["fit"]["layer_decay"] == 0.9
@@ -502,6 +507,8 @@ def test_command(name, models, tmp_path):
     key = "encoder.layers.1.mlp.fc1.weight"
     assert not torch.equal(loaded.model.vision_model.state_dict()[key], before.vision_model.state_dict()[key])
     assert loaded.processor.image_size == 42
+    if recipe.task == "vqa":
+        assert loaded.processor.prompt("what?", loaded.processor.question_style) == "what? It is"
     if recipe.task != "retrieval":
         assert loaded.model.question_in_qformer == (recipe.task == "vqa")
         for key, value in before.language_model.state_dict().items():
@@ -557,6 +564,34 @@ def test_trained_parameters(name, trained):
     assert shapes.shapes.sizes(RECIPES[name]())["trained"] == trained
 
 
+def test_a_plan_starts_what_was_planned(monkeypatch, capsys):
+    """Its start command gives the recipe that the plan is of: options, adapters and a folder included."""
+    seen = []
+    monkeypatch.setattr(pretrain, "domain", lambda made, folder: dataclasses.replace(made, output=folder))
+    monkeypatch.setattr(finetune, "run", lambda recipe, *rest: seen.append(recipe) or Result(1, True))
+
+    def planned(recipe, name, options, *, gpus, gpu_memory, **rest):  # counting takes seconds
+        seen.append(recipe)
+        counts, memory = Counts(1, 0, 1e9, 1e6), {"the step": 1e9}
+        chosen = dataclasses.replace(recipe.execution, checkpointing=True)
+        return plan.Plan(
+            name, recipe, chosen, "a100", gpus, 1, gpu_memory, 0.3, 1, 1, memory, counts, 1.0, options
+        )
+
+    monkeypatch.setattr(plan, "plan", planned)
+    given = ["--lora", "--rank=3", "--folder", "my pictures", "--prompt", "one of", "--micro_batch_size", "6"]
+    assert finetune.main(["scenes-caption-opt", "--gpus", "2", *given, "--plan", "--gpu-memory", "80"]) == 0
+    command = capsys.readouterr().out.splitlines()[-1].strip()
+    start, _, words = command.partition(" -m train.finetune ")
+    assert start == "torchrun --nproc-per-node 2 --standalone" and words.count("micro") == 1
+    assert finetune.main(shlex.split(words)) == 0
+    of_plan, started = seen
+    assert started.execution.checkpointing and not of_plan.execution.checkpointing
+    assert dataclasses.replace(started, execution=of_plan.execution) == of_plan
+    assert (started.lora.rank, started.prompt) == (3, "one of")
+    assert started.output == "my pictures" and started.execution.micro_batch_size == 6
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["caption-flan-t5-xl", "vqa-opt-6-7b", "retrieval-vitg"])
 def test_plan(name, capsys):
@@ -594,6 +629,43 @@ def test_scenes_give_each_task_its_text():
     assert any(". " in text for text in made["caption"]["captions"])
     assert all(len(answers) == 1 for answers in made["vqa"]["answers"])
     assert "qformer_input_ids" in made["vqa"] and "qformer_input_ids" not in made["retrieval"]
+
+
+@pytest.mark.parametrize("name", ["scenes-opt", "scenes-flan-t5"])
+def test_the_language_model_is_read_in_its_precision(name, models, monkeypatch):
+    """It alone is in bfloat16, rounded once, and no float32 copy of any of its tensors was ever made."""
+    exact = blip2.load(models / name, precision="float32", device="cpu").model
+    blip2.packed.unpack(exact)
+    language = {tuple(p.shape) for p in exact.language_model.parameters()}
+    language -= {tuple(p.shape) for n, p in exact.named_parameters() if not n.startswith("language_model.")}
+    assert len(language) >= 2
+    made = []  # dtypes of what lies in memory in one of those shapes
+
+    def watched(function):
+        def watching(*arguments, **options):
+            tensor = function(*arguments, **options)
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta and tuple(tensor.shape) in language:
+                made.append(tensor.dtype)
+            return tensor
+
+        return watching
+
+    monkeypatch.setattr("blip2.shards._empty", watched(blip2.shards._empty))
+    for method in ("to", "float", "type", "clone"):
+        monkeypatch.setattr(torch.Tensor, method, watched(getattr(torch.Tensor, method)))
+    monkeypatch.setattr(torch, "empty_like", watched(torch.empty_like))
+    recipe = dataclasses.replace(
+        RECIPES["scenes-caption-opt"](), start_from=str(models / name),
+        execution=recipes.Execution(language_precision="bfloat16"),
+    )  # fmt: skip
+    model, _ = start.load(recipe)
+    monkeypatch.undo()
+    assert set(made) == {torch.bfloat16}
+    for key, value in model.state_dict().items():
+        dtype = torch.bfloat16 if key.startswith("language_model.") else torch.float32
+        assert value.dtype == dtype and torch.equal(value, exact.state_dict()[key].to(dtype)), key
+    with pytest.raises(ValueError, match="'int8' with precision 'float32': both have to be of float32, bf"):
+        blip2.load(models / name, precision="float32", language_precision="int8")
 
 
 def test_frozen_parts_are_saved_as_they_were_stored(models):

@@ -47,6 +47,9 @@ def test_a_folder_and_its_preset_need_the_same(opt):
         by_names = fitting.needed(opt, precision, CPU)
         assert by_names == pytest.approx(fitting.needed(PRESETS["blip2-opt-2.7b"], precision, CPU), rel=1e-6)
     assert fitting.needed(opt, "bfloat16", CPU) == room(2 * 3_744_761_856)
+    language = 2_651_596_800 + 32 * 2560  # the release has 32 more rows of embeddings
+    held = fitting.needed(opt, "float32", CPU, language_precision="bfloat16")
+    assert held == room(4 * 3_744_761_856 - 2 * language)
 
 
 @pytest.mark.parametrize(

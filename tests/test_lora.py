@@ -17,9 +17,10 @@ from blip2.checkpoint import CheckpointError, load, save
 from blip2.cli import main
 from blip2.packed import PackedLinear
 from blip2.processing import Processor
-from blip2.ui import cards
+from blip2.ui import cards, compare, talk
 from blip2.ui import main as app
 from blip2.ui.models import Models
+from blip2.ui.words import receipt
 from train.datasets import RecipeError
 from train.lora import LoRA, save_adapter, share, wear
 from train.objectives import Stage2
@@ -300,6 +301,7 @@ def test_a_compiled_step_takes_the_adapter(trained, monkeypatch):
 def test_a_folder_names_its_base_and_how_to_ask(bases, tmp_path):
     model = dressed(bases("opt"))
     model.config.num_descriptions, model.config.caption_prompt = 0, "a photo of"
+    model.config.question_prompt = "Q: {} A:"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "README.md").write_text("mine")
     with pytest.raises(RecipeError, match="is no adapter: choose another folder"):
@@ -314,6 +316,9 @@ def test_a_folder_names_its_base_and_how_to_ask(bases, tmp_path):
     loaded = load(folder, device="cpu")  # its folder stands for both
     assert loaded.name == "tiny-opt+run" and loaded.caption_prompt == "a photo of"
     assert loaded.model.config.num_descriptions == 0 and loaded.model.wears_adapter
+    asked = loaded.processor.prompt("what?", loaded.processor.question_style, [("how?", "so.")], "a dog.")
+    assert asked == "a dog. Q: how? A: so. Q: what? A:"  # as it was trained, not as the paper has it
+    assert loaded.processor.prompt("what?", "short") == "Question: what? Short answer:"
     assert load(adapter=folder, device="cpu").name == loaded.name
     assert save_adapter(model, tmp_path / "named", base="blip2-opt-2.7b").is_dir()
     assert read_adapter(tmp_path / "named").base == "blip2-opt-2.7b"
@@ -340,6 +345,10 @@ def test_names_that_travel(assets, tmp_path):
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "save the adapter again"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 30), "is broken"),
         (lambda folder: (folder / "blip2.json").write_text('{"num_descriptions": "a"}'), "is unknown"),
+        (
+            lambda folder: (folder / "blip2.json").write_text('{"question_prompt": "Q:"}'),
+            "is 'Q:': one {} in",
+        ),
         (lambda folder: change(folder, r=5), "28 of its tensors differ: .* instead of"),
         (lambda folder: change(folder, target_modules="nothing"), "does not fit tiny-opt"),
     ],
@@ -414,7 +423,7 @@ def test_chat_takes_an_adapter(trained, picture, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out)["model"] == "tiny-opt+opt"
 
 
-def test_the_app_serves_an_adapter(trained, assets, capsys):
+def test_the_app_serves_an_adapter(trained, assets, tmp_path, monkeypatch, capsys):
     folder = str(trained("opt")[1])
     models = Models(folder)
     loaded = models.get(folder)
@@ -422,7 +431,15 @@ def test_the_app_serves_an_adapter(trained, assets, capsys):
     assert models.choices()[0] == ("tiny-opt + opt (adapter)", folder)
     card = models.card(folder)
     assert "LoRA of rank 3" in card and "tiny-opt" in card and cards.title(folder) == "opt"
-    assert cards.caption_prompt(folder) == ""
+    assert cards.caption_prompt(folder) == cards.notice(folder) == ""
+    drawn = shutil.copytree(folder, tmp_path / "drawn")
+    change(drawn, base_model_name_or_path="scenes-opt")
+    assert "scenes-opt</strong> knows drawn scenes only" in cards.notice(str(drawn))
+    monkeypatch.setattr("blip2.ui.models.fitting.precisions", lambda base: [("Full", "auto")])
+    assert models.precisions(folder) and not models.precisions(str(drawn))  # nothing to gain by few bits
+    assert talk._suggestions(str(drawn)) == talk.DRAWN
+    assert compare.pair(Models(str(drawn))) == ("scenes-opt", str(drawn))  # what did training change?
+    assert "Sent to drawn<" in receipt(str(drawn), "a", [])
     with pytest.raises(SystemExit) as stop:
         app(["--adapter", folder, "--model", "scenes-opt"])
     assert stop.value.code == 2 and "leave --model out" in capsys.readouterr().err

@@ -180,8 +180,11 @@ def test_vqav2(tmp_path, capsys):
     assert record["questions"][0]["multiple_choice_answer"] == "net"
     fewer = dump(tmp_path / "b.json", {**head, "annotations": answered[:1]})
     assert prepare("vqav2", questions, tmp_path / "coco", tmp_path / "other", "--answers", fewer) == 2
-    assert "lacks 1 of the questions" in capsys.readouterr().err
+    assert "has no answers to 1 of 2 questions" in capsys.readouterr().err
     assert prepare("vqav2", questions, tmp_path / "coco", tmp_path / "test", "--split", "test") == 0
+    nameless = dump(tmp_path / "c.json", {"questions": asked})
+    assert prepare("vqav2", nameless, tmp_path / "coco", tmp_path / "more", "--split", "test") == 2
+    assert "has no 'data_subtype', which names its pictures" in capsys.readouterr().err
 
 
 def test_visual_genome(tmp_path):

@@ -3,7 +3,7 @@
     python -m train.evaluate scenes-vqa --model scenes-opt
     torchrun --nproc-per-node 8 -m train.evaluate gqa --model blip2-flan-t5-xl
         --questions testdev_balanced_questions.json --images gqa/images
-    python -m train.evaluate --table 2 runs/evaluate/*
+    python -m train.evaluate --table 2 runs/evaluate/*      or 3, 4, 5, or scenes
 
 The same command goes on where a stopped or killed one left off. docs/evaluation.md says how to get each data
 set, and `train.evaluation.protocols` holds the settings.
@@ -22,7 +22,16 @@ from blip2.checkpoint import Loaded
 from blip2.errors import CheckpointError, PromptError
 from train import distributed
 from train.engine import make_accelerator
-from train.evaluation import Figures, MetricError, captioning, predictions, provenance, scenes, vqa
+from train.evaluation import (
+    Figures,
+    MetricError,
+    captioning,
+    predictions,
+    provenance,
+    scene_table,
+    scenes,
+    vqa,
+)
 from train.evaluation.annotations import AnnotationError, DataSet
 from train.evaluation.options import Options
 from train.evaluation.predictions import Predictions, Record, ResultsError, Stop
@@ -192,20 +201,22 @@ def listed(figures: Figures) -> str:
 
 
 def show_table(arguments: Sequence[str]) -> str:
-    """One of the paper's tables beside what results folders hold.
+    """One of the paper's tables beside what results folders hold; or theirs of drawn scenes, as Markdown.
 
     Args:
-        arguments: "--table", its number, and folders.
+        arguments: "--table", its number or "scenes", and folders.
 
     Raises:
         ResultsError: one of the folders holds no results.
-        MetricError: there is no such table.
+        MetricError: there is no such table, or the results do not go into one.
     """
     place = arguments.index("--table")
     number = arguments[place + 1] if place + 1 < len(arguments) else ""
     folders = [Path(word) for word in (*arguments[:place], *arguments[place + 2 :])]
-    if not number.isdigit():
-        raise MetricError(f"--table is {number!r}; it is 2, 3, 4 or 5, and results folders may follow it")
+    if number != "scenes" and not number.isdigit():
+        raise MetricError(
+            f"--table is {number!r}; it is 2, 3, 4, 5 or scenes, and results folders may follow it"
+        )
     results = {}
     for folder in folders:
         if not _has_scores(folder):
@@ -215,6 +226,8 @@ def show_table(arguments: Sequence[str]) -> str:
         results[folder] = tuple(
             predictions.read(folder / n) for n in (predictions.SETTINGS, predictions.SCORES)
         )
+    if number == "scenes":
+        return scene_table.markdown(results)
     return show(int(number), table_rows(int(number), results))
 
 

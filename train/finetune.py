@@ -19,6 +19,7 @@ from typing import Any
 import train.tuning.shapes  # noqa: F401 - which teaches `train.plan` these recipes
 from blip2 import checkpoint
 from blip2.model import Blip2
+from blip2.processing import Processor
 from train import distributed
 from train.engine import Evaluate, Result
 from train.execution import prepare
@@ -69,22 +70,25 @@ def run(recipe: Tuning, name: str = "custom", stop_requested: Callable[[], bool]
     if result.finished and distributed.rank() == 0:
         trained: Any = objective.model
         if recipe.lora is not None:
-            _say_how_to_ask(recipe, trained)
+            _say_how_to_ask(recipe, trained, processor)
             say(f"saved {save_adapter(trained, output / 'adapter')}")
             return result
         model, reader = finished(recipe, trained)
-        _say_how_to_ask(recipe, model)
+        _say_how_to_ask(recipe, model, processor)
         checkpoint.save(model, processor, output / "model")
         say(f"saved {output / 'model'}" + (f"\n{reader}" if reader else ""))
     return result
 
 
-def _say_how_to_ask(recipe: Tuning, model: Any) -> None:
-    """Note in the configuration what captions went on from, and that no caption stood before a question."""
+def _say_how_to_ask(recipe: Tuning, model: Any, processor: Processor) -> None:
+    """Note in the configuration what captions went on from, or how questions were asked."""
     if recipe.task == "caption":
         model.config.caption_prompt = recipe.prompt
-    elif recipe.task == "vqa" and hasattr(model.config, "num_descriptions"):
-        model.config.num_descriptions = 0
+    elif recipe.task == "vqa":
+        if hasattr(model.config, "num_descriptions"):
+            model.config.num_descriptions = 0  # no caption of its own stood before a question
+        if not processor.has_chat_frame:  # which `train.tuning.tokens.asked` keeps
+            model.config.question_prompt = recipe.prompt
 
 
 FLAGS = """Fine-tune a recipe; the same command goes on after a stop. Besides the recipe's own settings:

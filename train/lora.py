@@ -155,7 +155,8 @@ def save_adapter(model: Blip2, folder: str | Path, base: str | None = None) -> P
     """Save the adapter that a model wears as peft does; all of it appears at once, or nothing.
 
     How the model wants to be asked goes along, where its configuration says so: `num_descriptions`, 0 where
-    questions were trained without captions before them, and `caption_prompt`, what captions go on from.
+    questions were trained without captions before them, `caption_prompt`, what captions go on from, and
+    `question_prompt`, the frame of a question.
 
     Args:
         model: wearing one.

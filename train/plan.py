@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +50,7 @@ class Plan:
 
     Attributes:
         execution: the recipe's, with micro batch, checkpointing and sharding chosen.
+        options: of the command line beside the recipe's name, which made the recipe what it is.
         memory: what takes how much of a GPU's memory.
         counts: of one step of one process.
         seconds: of a step, at the assumed MFU.
@@ -67,6 +69,7 @@ class Plan:
     memory: dict[str, float]
     counts: Counts
     seconds: float
+    options: tuple[str, ...] = ()
 
     @property
     def processes(self) -> int:
@@ -94,13 +97,14 @@ class Plan:
         words = [f"torchrun --nproc-per-node {self.gpus}"]
         words += [f"--nnodes {self.nodes} --rdzv-backend c10d --rdzv-endpoint $HOST:29500"] * (self.nodes > 1)
         words += ["--standalone"] * (self.nodes == 1)
-        micro = self.execution.micro_batch_size
-        words += [f"-m {self.recipe.program} {self.name} --micro-batch-size {micro}"]
-        words += ["--checkpointing"] * self.execution.checkpointing
-        words += ["--shard-language-model"] * self.execution.shard_language_model
+        words += [shlex.join(["-m", self.recipe.program, self.name, *self.options])]
+        chosen = [f"--micro-batch-size {self.execution.micro_batch_size}"]
+        chosen += ["--checkpointing"] * self.execution.checkpointing
+        chosen += ["--shard-language-model"] * self.execution.shard_language_model
         if self.execution.language_precision in ("int8", "nf4"):
-            words.append(f"--language-precision {self.execution.language_precision}")
-        return " ".join(words)
+            chosen.append(f"--language-precision {self.execution.language_precision}")
+        given = {word.partition("=")[0].replace("_", "-") for word in self.options}
+        return " ".join([*words, *(option for option in chosen if option.split()[0] not in given)])
 
     def __str__(self) -> str:
         recipe, local = self.recipe, self.recipe.batch_size // self.processes
@@ -145,6 +149,7 @@ def _epochs(recipe: Run) -> str:
 def plan(
     recipe: Run,
     name: str = "RECIPE",
+    options: Sequence[str] = (),
     *,
     gpus: int = 8,
     nodes: int = 1,
@@ -157,6 +162,7 @@ def plan(
     Args:
         recipe: a `micro_batch_size` that it states is kept, and so are checkpointing and sharding.
         name: as on the command line.
+        options: the rest of the command line, for the plan's own.
         gpus: of a node.
         nodes: how many.
         gpu_memory: of one GPU, in 10^9 bytes.
@@ -190,6 +196,7 @@ def plan(
     return Plan(
         name, recipe, chosen, gpu, gpus, nodes, gpu_memory, mfu, found["trained"],
         found["vision"] + found["language"], memory, counts, counts.flops / (PEAK[gpu] * mfu),
+        tuple(options),
     )  # fmt: skip
 
 

@@ -275,7 +275,10 @@ def launch(
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands),
         )
         if flags.plan:
-            print(plan.plan(recipe, name, **machines))
+            given = [f"--{flag}" for flag in changes if getattr(flags, flag)]
+            given += [] if flags.folder is None else ["--folder", flags.folder]
+            rest.remove(name)
+            print(plan.plan(recipe, name, [*given, *rest], **machines))
             return 0
         if flags.fetch:
             weights.fetch(recipe)

@@ -59,6 +59,14 @@ def adapter_of(base: str) -> "Adapter | None":
     return read_adapter(folder) if is_adapter(folder) else None
 
 
+def embedded(name: str) -> str:
+    """The embedded model that this is, or that an adapter is on; "" for others."""
+    base = name.rpartition("@")[0] or name
+    if worn := adapter_of(base):
+        base = worn.base
+    return base if base in EMBEDDED else ""
+
+
 def caption_prompt(name: str) -> str:
     """What a model's captions go on from; "" for most."""
     base = split(name)[0]
@@ -102,10 +110,11 @@ def label(name: str, look: bool = True) -> str:
 
 
 def title(name: str) -> str:
-    """A model in a sentence: a folder without where it lies."""
+    """A model in a sentence: a folder without where it lies, a training run's "model" by the run."""
     if worn := adapter_of(name) or adapter_of(name.rpartition("@")[0]):
         return worn.name
     path = Path(name).expanduser()
+    path = path.parent if path.name == "model" else path
     return path.name if path.name and Path(name.rpartition("@")[0] or name).expanduser().is_dir() else name
 
 
@@ -164,8 +173,8 @@ def machine() -> str:
 
 def notice(name: str, served: bool = True) -> str:
     """HTML: what the embedded models know; nothing for others. `served` says whether released ones are."""
-    base = name.rpartition("@")[0] or name
-    if base not in EMBEDDED:
+    base = embedded(name)
+    if not base:
         return ""
     instead = "choose a released model" if served else "there are the released models, not served here"
     return (

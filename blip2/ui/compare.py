@@ -12,6 +12,7 @@ from blip2.conversation import Turn
 from blip2.presets import EMBEDDED, PRESETS
 from blip2.settings import Generation
 from blip2.ui.answers import Progress
+from blip2.ui.cards import adapter_of, split, title
 from blip2.ui.errors import friendly, question
 from blip2.ui.models import Models
 from blip2.ui.parameters import Parameters
@@ -179,15 +180,17 @@ class CompareTab(Tab):
             session.votes[models[VOTES.index(text)]] += 1
         else:
             session.votes[text] = session.votes.get(text, 0) + 1
-        counts = ", ".join(f"{name} {count}" for name, count in session.votes.items())
+        counts = ", ".join(f"{title(name)} {count}" for name, count in session.votes.items())
         return self._votable(False) | {self.tally: note(f"Your votes: {counts}.")}
 
 
 def pair(models: Models) -> tuple[str, str]:
-    """An OPT beside a Flan-T5: the embedded ones, or the operator's model and the other family's."""
+    """An adapter beside its model; else an OPT beside a Flan-T5: embedded, or the operator's and another."""
     if models.only is not None:  # nothing else is served
         first, *others = sorted(models.names, key=lambda name: "t5" in name)
         return first, others[-1] if others else first
+    if worn := adapter_of(split(models.default)[0]):
+        return worn.base, models.default
     embedded = tuple(name for name in EMBEDDED if PRESETS[name].kind == "generate")
     if models.default in embedded:
         return embedded[0], embedded[1]

@@ -93,7 +93,7 @@ class Models:
     def precisions(self, name: str) -> list[tuple[str, str]]:
         """(label, precision) to choose from for a model; empty where there is no choice."""
         base = split(name)[0]
-        return fitting.precisions(base) if self.local and base not in EMBEDDED else []
+        return fitting.precisions(base) if self.local and not cards.embedded(base) else []
 
     def fitting(self, name: str) -> str:
         """The model in the first precision, full, 8-bit, 4-bit, that this machine has memory for."""

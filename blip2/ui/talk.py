@@ -10,8 +10,8 @@ import gradio as gr
 
 from blip2.conversation import Turn
 from blip2.errors import ImageError, UnknownPictureError
-from blip2.presets import EMBEDDED
 from blip2.settings import Generation
+from blip2.ui.cards import embedded
 from blip2.ui.errors import question
 from blip2.ui.files import held
 from blip2.ui.history import export, record
@@ -275,4 +275,4 @@ def _messages(turns: list[Turn], asked: str | None = None) -> list[dict[str, str
 
 
 def _suggestions(model: str) -> tuple[str, ...]:
-    return DRAWN if model in EMBEDDED else PHOTO
+    return DRAWN if embedded(model) else PHOTO

@@ -4,6 +4,7 @@ import html
 import re
 
 from blip2.settings import Generation
+from blip2.ui.cards import title
 
 SILENCE = "(the model said nothing)"
 
@@ -27,7 +28,7 @@ def receipt(model: str, prompt: str, facts: list[str]) -> str:
     """HTML: the exact text that the language model was sent, and how the answer came about."""
     sent = f"<code>{html.escape(prompt)}</code>" if prompt else "<em>the picture alone</em>"
     return (
-        f'<div class="receipt"><div><span>Sent to {html.escape(model)}</span>{sent}</div>'
+        f'<div class="receipt"><div><span>Sent to {html.escape(title(model))}</span>{sent}</div>'
         f"<p>{html.escape(' · '.join(facts))}</p></div>"
     )
 

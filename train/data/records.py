@@ -17,12 +17,10 @@ from typing import Any
 
 from blip2.pictures import find_pictures
 from blip2.sidecars import SIDECARS, FolderError
+from train.data import published
+from train.data.published import AnnotationError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif")  # endings of a sample's image
-
-
-class AnnotationError(ValueError):
-    """An annotation file that is not laid out as expected."""
 
 
 @dataclass(frozen=True)
@@ -89,25 +87,18 @@ def vqa(questions: Path, annotations: Path | None, images: Path, part: str) -> I
     All questions of an image are in one record, under "questions": question_id, question and, where there are
     annotations, question_type, answer_type, multiple_choice_answer and the ten `answers`.
     """
-    data = _load(questions, "questions", "data_subtype")
-    answers = {}
-    if annotations is not None:
-        answers = {a["question_id"]: a for a in _load(annotations, "annotations")["annotations"]}
-        if unanswered := [q for q in data["questions"] if q["question_id"] not in answers]:
-            raise AnnotationError(
-                f"{annotations} lacks {len(unanswered)} of the questions of {questions}: of another split?"
-            )
+    subtype, found = published.vqa(questions, annotations)
+    if not subtype:
+        raise AnnotationError(f"{questions} has no 'data_subtype', which names its pictures")
     asked = defaultdict(list)
-    for question in data["questions"]:
-        entry = {name: question[name] for name in ("question_id", "question")}
-        if found := answers.get(question["question_id"]):
-            for name in ("question_type", "answer_type", "multiple_choice_answer"):
-                entry[name] = found[name]
-            entry["answers"] = [answer["answer"] for answer in found["answers"]]
-        asked[question["image_id"]].append(entry)
-    folder = data["data_subtype"].replace("test-dev2015", "test2015")
+    for one in found:
+        entry: dict[str, Any] = {"question_id": one.id, "question": one.text, **one.facts}
+        if annotations is not None:
+            entry["answers"] = list(one.answers)
+        asked[one.image].append(entry)
+    folder = subtype.replace("test-dev2015", "test2015")
     for image, entries in asked.items():
-        name = f"COCO_{folder}_{image:012d}.jpg"
+        name = published.coco_name(subtype, image)
         yield Record(
             key=Path(name).stem,
             image=(images / folder / name, images / name),

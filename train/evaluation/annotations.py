@@ -12,7 +12,6 @@ COCO_val2014_000000000042.jpg.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,26 +22,11 @@ from typing import Any
 from PIL import Image
 
 from blip2.images import open_image
-from train.data.records import IMAGES, AnnotationError
+from train.data import published
+from train.data.published import CAPTIONS, GQA, KARPATHY, NOCAPS, AnnotationError, of, read
+from train.data.records import IMAGES
 
 _COCO = re.compile(r"(?:COCO_[A-Za-z0-9-]+_)?0*(\d+)$")
-
-# kinds of files, and what a message calls them
-QUESTIONS, ANSWERS, GQA = "VQA's questions", "VQA's annotations (the answers)", "GQA's questions"
-CAPTIONS, NOCAPS, KARPATHY = "COCO captions", "NoCaps captions", "Karpathy's splits"
-SUCH_AS = {
-    QUESTIONS: "v2_OpenEnded_mscoco_val2014_questions.json",
-    ANSWERS: "v2_mscoco_val2014_annotations.json",
-    GQA: "testdev_balanced_questions.json",
-    CAPTIONS: "captions_val2014.json",
-    NOCAPS: "nocaps_val_4500_captions.json",
-    KARPATHY: "dataset_coco.json",
-}
-OTHERS = {
-    "image info": "a list of images without captions",
-    "instances": "COCO's boxes (instances)",
-    "results": "a list of results, not of annotations",
-}
 
 
 @dataclass(frozen=True)
@@ -91,33 +75,17 @@ def vqa(questions: Path, annotations: Path | None, *, subtype: str = "") -> list
     Raises:
         AnnotationError: another kind of file; a question without answers; questions of another split.
     """
-    asked = _read(questions, QUESTIONS)
-    given = str(asked.get("data_subtype", ""))
-    if given and not given.startswith(subtype):
-        raise AnnotationError(f"{questions} holds questions about {given}; this split is {subtype}")
-    answers: dict[Any, Any] = {}
-    if annotations is not None:
-        answers = {_of(entry, "question_id"): entry for entry in _read(annotations, ANSWERS)["annotations"]}
-    shown = {"test-dev2015": "test2015"}.get(given, given) or "val2014"
-    found, lacking = [], []
-    for entry in asked["questions"]:
-        number, image = _of(entry, "question_id"), _of(entry, "image_id")
-        answer = answers.get(number)
-        if annotations is not None and answer is None:
-            lacking.append(number)
-            continue
-        facts = {
-            name: str(answer[name]) for name in ("answer_type", "question_type") if answer and name in answer
-        }
-        references = tuple(str(_of(one, "answer")) for one in answer["answers"]) if answer else ()
-        name = f"COCO_{shown}_{image:012d}.jpg" if isinstance(image, int) else f"{image}.jpg"
-        found.append(Example(number, name, references, str(_of(entry, "question")), facts))
-    if lacking:
-        raise AnnotationError(
-            f"{annotations} has no answers to {len(lacking)} of {len(asked['questions'])} questions of "
-            f"{questions}, such as {lacking[0]}: the two files do not belong together"
+    given, asked = published.vqa(questions, annotations, subtype)
+    return [
+        Example(
+            one.id,
+            published.coco_name(given or "val2014", one.image),
+            one.answers,
+            one.text,
+            {name: fact for name, fact in one.facts.items() if name in ("answer_type", "question_type")},
         )
-    return found
+        for one in asked
+    ]
 
 
 def gqa(questions: Path) -> list[Example]:
@@ -127,12 +95,12 @@ def gqa(questions: Path) -> list[Example]:
         AnnotationError: another kind of file.
     """
     found = []
-    for number, entry in _read(questions, GQA).items():
+    for number, entry in read(questions, GQA).items():
         types = entry.get("types") or {}
         facts = {"question_type": types["structural"]} if "structural" in types else {}
         references = (str(entry["answer"]),) if "answer" in entry else ()
         found.append(
-            Example(number, f"{_of(entry, 'imageId')}.jpg", references, str(_of(entry, "question")), facts)
+            Example(number, f"{of(entry, 'imageId')}.jpg", references, str(of(entry, "question")), facts)
         )
     return found
 
@@ -147,17 +115,17 @@ def captions(annotations: Path, kind: str = CAPTIONS) -> list[Example]:
     Raises:
         AnnotationError: another kind of file; a picture without captions.
     """
-    data = _read(annotations, kind)
+    data = read(annotations, kind)
     said: dict[Any, list[str]] = {}
     for entry in data["annotations"]:
-        said.setdefault(_of(entry, "image_id"), []).append(str(_of(entry, "caption")).strip())
+        said.setdefault(of(entry, "image_id"), []).append(str(of(entry, "caption")).strip())
     found = []
     for entry in data["images"]:
-        number = _of(entry, "id")
+        number = of(entry, "id")
         facts = {"domain": str(entry["domain"])} if kind == NOCAPS else {}
         if number not in said:
             raise AnnotationError(f"{annotations} has no caption of image {number}, which it lists")
-        found.append(Example(number, str(_of(entry, "file_name")), tuple(said[number]), facts=facts))
+        found.append(Example(number, str(of(entry, "file_name")), tuple(said[number]), facts=facts))
     return found
 
 
@@ -172,85 +140,22 @@ def karpathy(annotations: Path, split: str = "test", dataset: str = "coco") -> l
     Raises:
         AnnotationError: another kind of file, another data set, or an empty split.
     """
-    data = _read(annotations, KARPATHY)
+    data = read(annotations, KARPATHY)
     if data.get("dataset", dataset) != dataset:
         raise AnnotationError(
             f"{annotations} is Karpathy's split of {data['dataset']}; this takes dataset_{dataset}.json"
         )
     found = []
     for entry in data["images"]:
-        if _of(entry, "split") == split:
-            name = os.path.join(str(entry.get("filepath", "")), str(_of(entry, "filename")))
+        if of(entry, "split") == split:
+            name = os.path.join(str(entry.get("filepath", "")), str(of(entry, "filename")))
             number = entry.get("cocoid", entry.get("imgid"))
-            said = tuple(str(_of(one, "raw")).strip() for one in entry["sentences"])
+            said = tuple(str(of(one, "raw")).strip() for one in entry["sentences"])
             found.append(Example(name if number is None else number, name, said))
     if not found:
         splits = sorted({str(entry.get("split")) for entry in data["images"]})
         raise AnnotationError(f"{annotations} has no split {split}; it has {', '.join(splits)}")
     return found
-
-
-def kind_of(data: Any) -> str:
-    """What a decoded JSON file is: one of the kinds above, or "" where that is not known."""
-    if isinstance(data, list):
-        first = data[0] if data and isinstance(data[0], dict) else {}
-        return "results" if {"question_id", "image_id"} & first.keys() else ""
-    if not isinstance(data, dict) or not data:
-        return ""
-    first = next(iter(data.values()))
-    if isinstance(first, dict) and {"imageId", "question"} <= first.keys():
-        return GQA
-    if _entry(data, "questions").keys() >= {"question", "question_id"}:
-        return QUESTIONS
-    image, annotation = _entry(data, "images"), _entry(data, "annotations")
-    if "sentences" in image:
-        return KARPATHY
-    if "answers" in annotation:
-        return ANSWERS
-    if "caption" in annotation:
-        return NOCAPS if "domain" in image else CAPTIONS
-    if "bbox" in annotation:
-        return "instances"
-    return "image info" if "file_name" in image else ""
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file.
-
-    Raises:
-        AnnotationError: there is none, or it holds something else.
-    """
-    if path.is_dir():
-        raise AnnotationError(f"{path} is a folder; give the .json file")
-    if not path.is_file():
-        raise AnnotationError(f"there is no file {path}")
-    with path.open("rb") as file:
-        if file.read(2) == b"PK":
-            raise AnnotationError(f"{path} is a zip archive: unpack it and give the .json file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise AnnotationError(f"{path} is not JSON, or was cut short: {error}") from error
-
-
-def _read(path: Path, kind: str) -> Any:
-    data = read_json(path)
-    if (found := kind_of(data)) != kind:
-        what = f"holds {OTHERS.get(found, found)}" if found else "holds something else"
-        raise AnnotationError(f"{path} {what}, not {kind} (such as {SUCH_AS[kind]})")
-    return data
-
-
-def _entry(data: dict[str, Any], name: str) -> dict[str, Any]:
-    """The first of a list of entries, or nothing."""
-    entries = data.get(name)
-    return entries[0] if isinstance(entries, list) and entries and isinstance(entries[0], dict) else {}
-
-
-def _of(entry: Mapping[str, Any], name: str) -> Any:
-    if name not in entry:
-        raise AnnotationError(f"an entry lacks {name!r}: {json.dumps(entry)[:200]}")
-    return entry[name]
 
 
 # ---------------------------------------------------------------- pictures

@@ -35,8 +35,9 @@ def caption_figures(
         MetricError: pictures differ, one has no reference, or there is no Java.
     """
     _check_pictures(predictions, references)
-    told = tokenize({name: [predictions[name]] for name in references})
-    truths = tokenize(references)
+    words = tokenize({name: [predictions[name], *given] for name, given in references.items()})
+    told = {name: texts[:1] for name, texts in words.items()}
+    truths = {name: texts[1:] for name, texts in words.items()}
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge

@@ -15,6 +15,7 @@ from blip2.checkpoint import Loaded
 from blip2.generation import num_descriptions
 from blip2.model import Blip2
 from blip2.presets import ORGANIZATION, find_preset
+from train.data import published
 from train.evaluation import Figures, scenes
 from train.evaluation import annotations as files
 from train.evaluation.annotations import AnnotationError, DataSet, with_pictures
@@ -158,9 +159,9 @@ def read_data(
 
 def _captions(name: str, split: str, path: Path) -> tuple[list[files.Example], list[str]]:
     if name == "nocaps":
-        return files.captions(path, files.NOCAPS), []
-    kind = files.kind_of(files.read_json(path))
-    if kind == files.CAPTIONS and name.startswith("coco-"):
+        return files.captions(path, published.NOCAPS), []
+    kind = published.kind_of(published.read_json(path))
+    if kind == published.CAPTIONS and name.startswith("coco-"):
         examples = files.captions(path)
         note = f"of all {len(examples)} pictures of {path.name}: the paper's are of Karpathy's test split"
         return examples, [note]
@@ -241,14 +242,19 @@ def table_rows(
     return found
 
 
+def changes(made_of: Mapping[str, Any]) -> list[str]:
+    """The settings of an evaluation that are not its task's own, in words."""
+    usual = TASKS[made_of["task"]].settings
+    return [
+        f"{name} {value}"
+        for name, value in made_of["settings"].items()
+        if (made_of["own_prompt"] if name == "prompt" else value != usual[name])
+    ]
+
+
 def _differences(task: Task, made_of: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
     """What keeps an evaluation from being the paper's, in brackets."""
-    changed = {
-        name: value
-        for name, value in made_of["settings"].items()
-        if (made_of["own_prompt"] if name == "prompt" else value != task.settings[name])
-    }
-    parts = [f"{name} {value}" for name, value in changed.items()]
+    parts = changes(made_of)
     if made_of["adapter"]:
         parts.append(f"adapter {made_of['adapter']['name']}")
     if scores["examples"] != task.size:

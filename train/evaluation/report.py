@@ -124,8 +124,11 @@ def _card(record: Record, picture_of: Callable[[Record], Picture]) -> str:
     parts = [f"<p>{escape(str(question))}</p>"] if question else []
     parts.append(f'<div class="prediction">{_texts(record.get("prediction", ""))}</div>')
     if record.get("references"):
-        parts.append(f'<div class="references">references {_texts(record["references"])}</div>')
+        several = "s" * (len(record["references"]) > 1)
+        parts.append(f'<div class="references">reference{several} {_texts(record["references"])}</div>')
     facts = [str(record[name]) for name in ("id", "image") if record.get(name) is not None]
+    if len(facts) > 1 and facts[1] in facts[0]:  # drawn scenes are named so
+        facts.pop()
     if (score := _score(record)) is not None:
         facts.insert(0, f"score {score:.2f}")
     shown = _thumbnail(record, picture_of)

@@ -18,24 +18,26 @@ from blip2.checkpoint import Loaded
 from blip2.generation import describe, generate
 from blip2.model import Blip2
 from blip2.processing import Processor
+from blip2.settings import FRAMES
 from train.data.transforms import clean_question
 from train.evaluation import Figures, MetricError
 from train.evaluation.annotations import AnnotationError
 from train.evaluation.metrics import Lemmatizer, lemmatizer, vqa_accuracy, vqa_figures
 from train.evaluation.predictions import Record, Unit, Work, decoding
 
-FRAMES = {"opt": "Question: {} Answer:", "t5": "Question: {} Short answer:"}
 CHAT = "chat"  # in place of a frame: the tokenizer's own chat template
 
 
 def frame(processor: Processor, prompt: str | None) -> str:
-    """The frame of a question: as given, or the paper's for this language model.
+    """The frame of a question: as given, as the model was fine-tuned, or the paper's for its family.
 
     Raises:
         AnnotationError: it has no place for the question, or more than one.
     """
     if prompt is None:
-        return CHAT if processor.has_chat_frame else FRAMES[processor.family]
+        if processor.has_chat_frame:
+            return CHAT
+        return processor.question_prompt or FRAMES[processor.question_style]
     if prompt.count("{}") != 1:
         raise AnnotationError(f"--prompt is {prompt!r}; it has to hold {{}} once, where the question goes")
     return prompt

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +19,9 @@ from blip2.model import Blip2
 from blip2.packed import unpack
 from blip2.processing import Processor
 from blip2.qformer import QFormer
-from blip2.quantize import QUANTIZED
+from blip2.quantize import LANGUAGE, QUANTIZED
 from blip2.representation import Blip2Representation
-from blip2.shards import STORED_TYPES, weight_files
+from blip2.shards import open_tensors, weight_files
 from blip2.vision import VisionTransformer
 from train.datasets import RecipeError
 from train.log import say
@@ -47,15 +45,21 @@ def start(recipe: Tuning) -> tuple[Objective, Processor]:
 
 
 def load(recipe: Tuning) -> tuple[Model, Processor]:
-    """The model in the recipe's precisions: all of it in float32 but for what stays frozen.
+    """The model as it is trained: in float32, but for the language model in the recipe's precision.
+
+    That is read straight into it: OPT-6.7B in float32 would be 27 GB of every process.
 
     Raises:
         RecipeError: see `start`.
     """
-    precision = recipe.execution.language_precision
-    quantized = precision in QUANTIZED
-    where = "cuda" if quantized and torch.cuda.is_available() else "cpu"
-    loaded = checkpoint.load(recipe.start_from, precision=precision if quantized else "float32", device=where)
+    language = recipe.execution.language_precision
+    if language in QUANTIZED:
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+        loaded = checkpoint.load(recipe.start_from, precision=language, device=where)
+    else:
+        loaded = checkpoint.load(
+            recipe.start_from, precision="float32", language_precision=language, device="cpu"
+        )
     model, processor = loaded.model, loaded.processor
     unpack(model)
     wanted = Blip2Representation if recipe.stage == 1 else Blip2
@@ -70,8 +74,6 @@ def load(recipe: Tuning) -> tuple[Model, Processor]:
         add_text_half(model, processor, recipe.stage1)
     if recipe.resolution not in (None, processor.image_size):
         resize(model, processor, recipe.resolution or 0)
-    if isinstance(model, Blip2) and not quantized:
-        model.language_model.to(checkpoint.DTYPES[precision])
     return model, processor
 
 
@@ -185,30 +187,20 @@ def finished(recipe: Tuning, model: Model) -> tuple[Model, str]:
     exact = exact and (recipe.stage == 1 or execution.language_precision == "float32")
     if not exact or execution.shard_language_model:
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        whole = dataclasses.replace(execution, vision_precision="float32", language_precision="float32")
+        stored: Any = stored_precision(recipe.start_from)
+        whole = dataclasses.replace(execution, vision_precision="float32", language_precision=stored)
         model, _ = load(dataclasses.replace(recipe, execution=whole))
         with torch.no_grad():
             for name, value in trained.items():
                 model.get_parameter(name).copy_(value)
-        if isinstance(model, Blip2):
-            model.language_model.to(stored_dtype(recipe.start_from))
     return model.cpu().eval(), readers(model.config)
 
 
-def stored_dtype(source: str) -> torch.dtype:
-    """What the language model's numbers are stored as in a checkpoint that is here."""
+def stored_precision(source: str) -> str:
+    """What the language model's numbers are stored in, in a checkpoint that is here."""
     _, folder = checkpoint.locate(source, local_files_only=True)
-    layout = read_layout(folder)
-    for file in weight_files(folder, layout.variant):
-        if file.suffix == ".safetensors":
-            for name, facts in _header(file).items():
-                if name.startswith("language_model.") and facts["dtype"] in STORED_TYPES:
-                    return STORED_TYPES[facts["dtype"]]
-    return torch.float32
-
-
-def _header(file: Path) -> dict[str, Any]:
-    with file.open("rb") as start:
-        header: dict[str, Any] = json.loads(start.read(int.from_bytes(start.read(8), "little")))
-    header.pop("__metadata__", None)
-    return header
+    files = weight_files(folder, read_layout(folder).variant)
+    names = {dtype: name for name, dtype in checkpoint.DTYPES.items()}
+    tensors = open_tensors(files) if files[0].suffix == ".safetensors" else {}
+    found = (tensor.stored for name, tensor in tensors.items() if name.startswith(LANGUAGE))
+    return next((names[dtype] for dtype in found if dtype in names), "float32")
