@@ -39,7 +39,7 @@ from blip2.ui.models import Models
 from blip2.ui.page import DELETE_CACHE
 from blip2.ui.parameters import DESCRIBE, KEPT, Parameters
 from blip2.ui.picture import Picture
-from blip2.ui.serve import UsageError, is_loopback, may_be_local
+from blip2.ui.serve import UsageError, may_be_local
 from blip2.ui.session import Session
 from blip2.ui.stop import Stop
 from blip2.ui.subject import Subject

@@ -1,0 +1,143 @@
+"""A server in a thread of this process, and what to ask it. Run by itself, it is `blip2 serve` with slow tokens."""
+
+import base64
+import io
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCENE = ROOT / "examples" / "scene-1.png"
+
+
+@dataclass
+class Running:
+    """A server that answers."""
+
+    server: object
+    workers: list
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def client(self, key: str = "none"):
+        import openai
+
+        return openai.OpenAI(base_url=self.url, api_key=key, max_retries=0, timeout=60)
+
+    def connect(self) -> socket.socket:
+        """A bare connection."""
+        return socket.create_connection(("127.0.0.1", self.port), 20)
+
+    def send(self, body: bytes, **headers: str) -> socket.socket:
+        """A bare connection that has asked for a chat completion."""
+        connection = self.connect()
+        fields = {"Host": "here", "Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
+        lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items() if value)
+        connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{lines}\r\n".encode() + body)
+        return connection
+
+
+@cache
+def loaded(name: str):
+    """A checkpoint, loaded once a process."""
+    import blip2
+
+    return blip2.load(name)
+
+
+@contextmanager
+def serving(*names: str, grace: int = 20, batch_size: int = 32, force: bool = False, **settings) -> Iterator[Running]:
+    """Serve checkpoints on a free port; `settings` are those of `blip2.server.api.Settings`."""
+    from blip2.ports import take_port
+    from blip2.server.api import Settings
+    from blip2.server.run import Server
+    from blip2.server.worker import Worker
+
+    ready = threading.Event()
+    workers = [Worker(loaded(name), batch_size=batch_size, force=force) for name in names]
+    server = Server(workers, Settings(**settings), ready=ready.set, grace=grace)
+    with take_port("127.0.0.1", [0]) as listening:
+        thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+        thread.start()
+        assert ready.wait(20)
+        try:
+            yield Running(server, workers, listening.getsockname()[1])
+        finally:
+            server.should_exit = True
+            thread.join(grace + 10)
+            assert not thread.is_alive()
+
+
+def address(picture: object = SCENE) -> str:
+    """A picture as a data: URL: a path, bytes, or a PIL image."""
+    if isinstance(picture, Path):
+        picture = picture.read_bytes()
+    elif not isinstance(picture, bytes):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        picture = file.getvalue()
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+
+
+def image(picture: object = SCENE) -> dict:
+    """A picture as a part of a message."""
+    return {"type": "image_url", "image_url": {"url": picture if isinstance(picture, str) else address(picture)}}
+
+
+def user(*parts: object) -> dict:
+    """A message of the user: words, and parts that are not."""
+    return {
+        "role": "user",
+        "content": [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts],
+    }
+
+
+def body(*parts: object, model: str = "scenes-opt", **more: object) -> dict:
+    """A request with one message."""
+    return {"model": model, "messages": [user(*parts)], **more}
+
+
+def drawn(count: int, start: int = 0) -> list:
+    """Drawn scenes, and a question and its answer about each."""
+    import random
+
+    from PIL import Image
+
+    from train.scenes.text import questions
+    from train.scenes.world import render, sample
+
+    found = []
+    for seed in range(start, start + count):
+        scene = sample(seed, "test")
+        question, answer, _ = next(iter(questions(scene, random.Random(seed))))
+        found.append((Image.fromarray(render(scene, 112)), question, answer))
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`blip2 serve` whose tokens take a fifth of a second each."""
+    from blip2.cli import main as command
+    from blip2.server import worker
+
+    decode = worker.decode
+
+    def slow(*given, **more):
+        for token in decode(*given, **more):
+            time.sleep(0.2)
+            yield token
+
+    worker.decode = slow
+    return command(["serve", *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
