@@ -2,7 +2,9 @@
 
 import base64
 import io
+import os
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -40,8 +42,9 @@ class Running:
     def send(self, body: bytes, **headers: str) -> socket.socket:
         """A bare connection that has asked for a chat completion."""
         connection = self.connect()
-        fields = {"Host": "here", "Content-Type": "application/json", "Content-Length": str(len(body)), **headers}
-        lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items() if value)
+        fields = {"Host": "here", "Content-Type": "application/json", "Content-Length": str(len(body))}
+        fields |= {name.replace("_", "-"): value for name, value in headers.items()}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in fields.items() if value)
         connection.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{lines}\r\n".encode() + body)
         return connection
 
@@ -75,6 +78,24 @@ def serving(*names: str, grace: int = 20, batch_size: int = 32, force: bool = Fa
             server.should_exit = True
             thread.join(grace + 10)
             assert not thread.is_alive()
+
+
+@contextmanager
+def process(*arguments: str, slow: bool = False) -> Iterator[tuple[subprocess.Popen, int]]:
+    """`blip2 serve` as a process of its own, and its port; with slow tokens if wanted."""
+    command = [__file__] if slow else ["-m", "blip2", "serve"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        [sys.executable, "-u", *command, *arguments], cwd=ROOT, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        line = child.stdout.readline()
+        assert " serves " in line, line + child.stderr.read()
+        yield child, int(line.rpartition(":")[2].partition("/")[0])
+    finally:
+        child.kill()
+        child.wait()
 
 
 def address(picture: object = SCENE) -> str:
@@ -119,7 +140,7 @@ def drawn(count: int, start: int = 0) -> list:
     for seed in range(start, start + count):
         scene = sample(seed, "test")
         question, answer, _ = next(iter(questions(scene, random.Random(seed))))
-        found.append((Image.fromarray(render(scene, 112)), question, answer))
+        found.append((Image.fromarray(render(scene, loaded("scenes-opt").processor.image_size)), question, answer))
     return found
 
 
