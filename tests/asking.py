@@ -1,7 +1,9 @@
 """A server in a thread of this process, and what to ask it. Run by itself, it is `blip2 serve` with slow tokens."""
 
 import base64
+import http.client
 import io
+import json
 import os
 import socket
 import subprocess
@@ -16,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCENE = ROOT / "examples" / "scene-1.png"
+MODELS = ("scenes-opt", "scenes-flan-t5")  # of the fixture `server`
 
 
 @dataclass
@@ -138,10 +141,106 @@ def drawn(count: int, start: int = 0) -> list:
 
     found = []
     for seed in range(start, start + count):
-        scene = sample(seed, "test")
+        scene = sample(seed, "validation")
         question, answer, _ = next(iter(questions(scene, random.Random(seed))))
         found.append((Image.fromarray(render(scene, loaded("scenes-opt").processor.image_size)), question, answer))
     return found
+
+
+def wait_for(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never came about"
+        time.sleep(0.01)
+
+
+def post(running, document, **headers):
+    """Status, document and headers of an answer; a body that is bytes is sent as it is."""
+    sent = document if isinstance(document, bytes) else json.dumps(document).encode()
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+    fields = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+    connection.request("POST", "/v1/chat/completions", sent, {k: v for k, v in fields.items() if v})
+    answer = connection.getresponse()
+    text = answer.read()
+    connection.close()
+    return answer.status, json.loads(text), dict(answer.getheaders())
+
+
+def said(running, *parts, **more):
+    """The one answer to a request."""
+    status, document, _ = post(running, body(*parts, **more))
+    assert status == 200, document
+    return document["choices"][0]["message"]["content"]
+
+
+def alone(question, picture=SCENE, model="scenes-opt"):
+    """What `Chat`, or without a question `generate`, says of a picture."""
+    from blip2 import Chat, Generation, open_image
+    from blip2.generation import generate
+
+    own = loaded(model)
+    chat = Chat(own.model, own.processor)
+    chat.set_image(open_image(picture))
+    if question:
+        return chat.ask(question, Generation())
+    return generate(own.model, own.processor, chat.image, own.caption_prompt, Generation())[0][0]
+
+
+class Held:
+    """Decoding that waits for leave before every token, and says how many rows there were."""
+
+    def __init__(self):
+        self.leave = threading.Semaphore(0)
+        self.rows: list[int] = []
+        self.tokens = 0
+        from blip2.server import worker
+
+        self.original = worker.decode
+
+    def decode(self, model, picture, text, *given, **more):
+        self.rows.append(len(text["input_ids"]))
+        for token in self.original(model, picture, text, *given, **more):
+            assert self.leave.acquire(timeout=20)
+            self.tokens += 1
+            yield token
+
+
+def explore(running, examples: int) -> dict[str, int]:
+    """Ask what schemathesis makes of the description, right and wrong; count answers by status.
+
+    Of right requests every other is given a model and a picture that are there: what it makes up is neither.
+    """
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.generation import GenerationMode
+
+    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{running.port}/openapi.json")
+    counts: dict[str, int] = {}
+    for operation in (found.ok() for found in schema.get_all_operations()):
+        for mode in GenerationMode:
+
+            @settings(
+                max_examples=examples, deadline=None, database=None, derandomize=True,
+                suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate],
+            )  # fmt: skip
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def ask(case, mode=mode):
+                if mode.is_positive and isinstance(case.body, dict) and sum(counts.values()) % 2:
+                    case.body |= {"model": "scenes-opt", "force": True}
+                    case.body["messages"] = [*case.body["messages"][:3], user("what?", image())]
+                response = case.call()
+                counts[str(response.status_code)] = counts.get(str(response.status_code), 0) + 1
+                case.validate_response(response, checks=[not_a_server_error])
+                assert response.status_code < 500
+                if response.status_code != 200:
+                    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+            try:
+                ask()
+            except schemathesis.errors.IncorrectUsage:
+                pass
+    return counts
 
 
 def main(arguments: Sequence[str]) -> int:

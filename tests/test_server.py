@@ -1,93 +1,20 @@
-"""`blip2 serve`: OpenAI's client gets what `Chat` says, many get what each would get alone, and bad requests are told so.
-
-Long tests print what is measured: `pytest -s -m long tests/test_server.py`.
-"""
+"""`blip2 serve`: OpenAI's client gets what `Chat` says, and many at once get what each would get alone."""
 
 import http.client
 import json
-import signal
-import threading
-import time
+import re
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import pytest
-from asking import ROOT, SCENE, Running, address, body, drawn, image, loaded, process, serving, user
-from PIL import Image
+from asking import MODELS, ROOT, SCENE, alone, body, image, loaded, post, said, serving, user, wait_for
 
 from blip2 import Chat, Generation, open_image
 from blip2.generation import generate
 from blip2.server import worker as workers
 
-MODELS = ("scenes-opt", "scenes-flan-t5")
 COLOR, SHAPE = "what color is the circle?", "what shape is the red thing?"
-
-
-@pytest.fixture(scope="session")
-def server():
-    with serving(*MODELS) as running:
-        yield running
-
-
-class Held:
-    """Decoding that waits for leave before every token, and says how many rows there were."""
-
-    def __init__(self):
-        self.leave = threading.Semaphore(0)
-        self.rows: list[int] = []
-        self.tokens = 0
-        self.original = workers.decode
-
-    def decode(self, model, picture, text, *given, **more):
-        self.rows.append(len(text["input_ids"]))
-        for token in self.original(model, picture, text, *given, **more):
-            assert self.leave.acquire(timeout=20)
-            self.tokens += 1
-            yield token
-
-
-@pytest.fixture
-def held(monkeypatch):
-    held = Held()
-    monkeypatch.setattr(workers, "decode", held.decode)
-    yield held
-    held.leave.release(1000)
-
-
-def wait_for(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it never came about"
-        time.sleep(0.01)
-
-
-def post(running, document, **headers):
-    """Status, document and headers of an answer; a body that is bytes is sent as it is."""
-    sent = document if isinstance(document, bytes) else json.dumps(document).encode()
-    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
-    fields = {"Content-Type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
-    connection.request("POST", "/v1/chat/completions", sent, {k: v for k, v in fields.items() if v})
-    answer = connection.getresponse()
-    text = answer.read()
-    connection.close()
-    return answer.status, json.loads(text), dict(answer.getheaders())
-
-
-def said(running, *parts, **more):
-    """The one answer to a request."""
-    status, document, _ = post(running, body(*parts, **more))
-    assert status == 200, document
-    return document["choices"][0]["message"]["content"]
-
-
-def alone(question, picture=SCENE, model="scenes-opt"):
-    """What `Chat`, or without a question `generate`, says of a picture."""
-    own = loaded(model)
-    chat = Chat(own.model, own.processor)
-    chat.set_image(open_image(picture))
-    if question:
-        return chat.ask(question, Generation())
-    return generate(own.model, own.processor, chat.image, own.caption_prompt, Generation())[0][0]
 
 
 # --- what OpenAI's client gets ---
@@ -293,230 +220,6 @@ def test_a_failure_ends_one_request_and_not_the_server(server, monkeypatch, capl
     assert said(server, COLOR, image()) == "green"
 
 
-# --- limits ---
-
-
-@pytest.fixture(scope="module")
-def narrow():
-    """One place, less than a second, small requests."""
-    with serving("scenes-opt", batch_size=1, places=1, timeout=0.8, max_body=50_000) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def strict():
-    """One place, keys, pictures by address, pages of one origin."""
-    settings = {"keys": ("first", "second"), "allow_urls": True, "cors": ("https://a.example",)}
-    with serving("scenes-opt", batch_size=1, places=1, **settings) as running:
-        yield running
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_hanging_up_frees_the_place(strict, held, stream):
-    worker, key = strict.workers[0], "Bearer second"
-    asked = json.dumps(body(image(), stream=stream)).encode()
-    connection = strict.send(asked, Authorization=key)
-    if stream:
-        held.leave.release()
-        while b"content" not in connection.recv(4096):
-            pass
-    wait_for(lambda: held.rows)
-    status, document, headers = post(strict, body(COLOR, image()), Authorization=key)
-    assert (status, document["error"]["code"]) == (429, "queue_full")
-    assert int(headers["retry-after"]) >= 1
-    connection.close()
-    wait_for(lambda: worker.num_running == 0)
-    before = held.tokens
-    held.leave.release(1000)
-    assert post(strict, body(COLOR, image()), Authorization=key)[0] == 200
-    assert held.tokens - before <= 1 + 2  # the token under way, and an answer of two
-
-
-def test_time_is_limited(narrow, held):
-    status, document, _ = post(narrow, body(COLOR, image()))
-    assert (status, document["error"]["code"]) == (504, "timeout")
-    held.leave.release(2)  # one goes to the request that was given up
-    with narrow.send(json.dumps(body(image(), stream=True)).encode(), Connection="close") as connection:
-        text = connection.makefile("rb").read().decode()
-    assert "200 OK" in text and '"code": "timeout"' in text and "[DONE]" not in text
-    with narrow.send(b"{", Content_Length="500") as connection:  # the rest never comes
-        assert b" 408 " in connection.recv(4096)
-    held.leave.release(1000)
-    assert post(narrow, body(COLOR, image()))[0] == 200  # the place is free again
-
-
-def test_sizes_are_limited(narrow):
-    with narrow.send(b"", Content_Length="10000000000") as connection:  # of which nothing is read
-        assert b" 413 " in connection.recv(4096)
-    chunk = b"1000\r\n" + b" " * 4096 + b"\r\n"
-    with narrow.send(chunk * 20 + b"0\r\n\r\n", Content_Length="", Transfer_Encoding="chunked") as connection:
-        answer = connection.recv(4096)
-    assert b" 413 " in answer and b"0.05 MB" in answer
-    assert post(narrow, body(COLOR, image()))[0] == 200
-
-
-def test_keys(strict):
-    import openai
-
-    for headers in ({}, {"Authorization": "Bearer third"}, {"Authorization": "first"}, {"Authorization": "Bearer \xe4"}):
-        status, document, _ = post(strict, body(COLOR, image()), **headers)
-        assert (status, document["error"]["code"]) == (401, "invalid_api_key"), headers
-    with pytest.raises(openai.AuthenticationError):
-        strict.client("third").models.list()
-    for key in ("first", "second"):
-        assert [model.id for model in strict.client(key).models.list()] == ["scenes-opt"]
-    connection = http.client.HTTPConnection("127.0.0.1", strict.port)
-    connection.request("GET", "/health")
-    assert connection.getresponse().status == 200
-    connection.close()
-
-
-def test_addresses(strict, monkeypatch):
-    from blip2.server import api
-
-    for host in (f"127.0.0.1:{strict.port}", "localhost", "[::1]", "169.254.169.254", "10.0.0.1"):
-        asked = body(COLOR, image(f"http://{host}/picture.png"))
-        status, document, _ = post(strict, asked, Authorization="Bearer first")
-        assert (status, document["error"]["code"]) == (400, "invalid_image_url"), host
-        assert "public" in document["error"]["message"], document
-    monkeypatch.setattr(api, "fetch", lambda address: SCENE.read_bytes())
-    status, document, _ = post(strict, body(COLOR, image("https://a.example/b.png")), Authorization="Bearer first")
-    assert status == 200 and document["choices"][0]["message"]["content"] == "green"
-
-
-@pytest.mark.parametrize("which", ["strict", "server"])
-def test_pages_of_other_origins(request, which):
-    running = request.getfixturevalue(which)
-    connection = http.client.HTTPConnection("127.0.0.1", running.port)
-    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
-    connection.request("OPTIONS", "/v1/chat/completions", headers={"Origin": "https://a.example", **asks})
-    allowed = connection.getresponse().getheader("access-control-allow-origin")
-    connection.close()
-    assert allowed == ("https://a.example" if which == "strict" else None)
-
-
-FAULTS = [
-    (b"{", "invalid_json", "not valid JSON"),
-    (b"", "invalid_value", "required"),
-    (b"[]", "invalid_value", "dictionary"),
-    (b"[" * 100_000, None, "body"),
-    ({"model": "scenes-opt"}, "invalid_value", "messages"),
-    ({"model": "scenes-opt", "messages": []}, "invalid_value", "messages"),
-    (body(COLOR, image(), max_tokens="5"), "invalid_value", "max_tokens"),
-    (body(COLOR, image(), max_tokens=5000), "context_length_exceeded", "lower max_tokens"),
-    (body(COLOR, image(), temperature=3), "invalid_value", "temperature"),
-    (json.dumps(body(COLOR, image(), temperature=float("nan"))).encode(), "invalid_value", "temperature"),
-    (body(COLOR, image(), n=99), "invalid_value", "n: "),
-    (body(COLOR, image(), logprobs=True), "unsupported_parameter", "logprobs"),
-    (body(COLOR, image(), tools=[{"type": "function"}]), "unsupported_parameter", "tools"),
-    (body(COLOR, image(), response_format={"type": "json_object"}), "unsupported_parameter", "response_format"),
-    (body(COLOR, image(), stream_options={"include_usage": True}), None, "stream: true"),
-    (b'{"model": "scenes-opt", "messages": [{"role": "\\ud800", "content": "x"}]}', "invalid_value", "role"),
-    (body(COLOR), "no_picture", "show no picture"),
-    (body(COLOR, image(), image()), None, "holds 2 pictures"),
-    (body("x" * 100_001, image()), None, "100,000 characters"),
-    (body(COLOR, image("data:image/png;base64,@@@@")), "invalid_image", "base64 is damaged"),
-    (body(COLOR, image("data:image/png,abc")), "invalid_image", "not base64"),
-    (body(COLOR, image(address(b"<html></html>"))), "invalid_image", "web page"),
-    (body(COLOR, image(address(SCENE.read_bytes()[:400]))), "invalid_image", "truncated or damaged"),
-    (body(COLOR, image(address(Image.new("1", (20_000, 6_000))))), "invalid_image", "million pixels"),
-    (body(COLOR, image("http://a.example/b.png")), "urls_not_allowed", "send the picture itself"),
-    (body(COLOR, image("/etc/passwd")), None, "data: URL"),
-    (
-        {"model": "scenes-opt", "messages": [user(COLOR, image()), {"role": "assistant", "content": "red"}]},
-        None, "last message must be the user's",
-    ),
-    (
-        {"model": "scenes-opt", "messages": [{"role": "assistant", "content": "red"}, user(COLOR, image())]},
-        None, "answers no message",
-    ),
-    (
-        {"model": "scenes-opt", "messages": [{"role": "system", "content": "x"}, user(COLOR, image())], "style": "raw"},
-        None, "style raw",
-    ),
-    (
-        {"model": "scenes-opt", "messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
-        "invalid_value", "input_audio",
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("document", "code", "words"), FAULTS, ids=lambda value: str(value)[-40:])
-def test_bad_requests_are_told_what_is_wrong(server, document, code, words):
-    status, answer, _ = post(server, document)
-    error = answer["error"]
-    assert (status, set(error)) == (400, {"message", "type", "param", "code"})
-    assert error["type"] == "invalid_request_error" and words in error["message"], error
-    assert code is None or error["code"] == code
-
-
-def test_other_refusals(server):
-    status, document, _ = post(server, body(COLOR, image(), model="gpt-4o"))
-    assert (status, document["error"]["code"]) == (404, "model_not_found")
-    assert "scenes-opt, scenes-flan-t5" in document["error"]["message"]
-    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
-        assert post(server, body(COLOR, image()), Content_Type=kind)[0] == 415
-    connection = http.client.HTTPConnection("127.0.0.1", server.port)
-    connection.request("GET", "/v1/chat/completions")
-    answer = connection.getresponse()
-    assert answer.status == 405 and json.loads(answer.read())["error"]["type"] == "invalid_request_error"
-    connection.close()
-
-
-# --- its description, and what does not fit it ---
-
-
-def explore(running, examples: int) -> dict[str, int]:
-    """Ask what schemathesis makes of the description, right and wrong; count answers by status.
-
-    Of right requests every other is given a model and a picture that are there: what it makes up is neither.
-    """
-    import schemathesis
-    from hypothesis import HealthCheck, Phase, given, settings
-    from schemathesis.checks import not_a_server_error
-    from schemathesis.generation import GenerationMode
-
-    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{running.port}/openapi.json")
-    counts: dict[str, int] = {}
-    for operation in (found.ok() for found in schema.get_all_operations()):
-        for mode in GenerationMode:
-
-            @settings(
-                max_examples=examples, deadline=None, database=None, derandomize=True,
-                suppress_health_check=list(HealthCheck), phases=[Phase.explicit, Phase.generate],
-            )  # fmt: skip
-            @given(case=operation.as_strategy(generation_mode=mode))
-            def ask(case, mode=mode):
-                if mode.is_positive and isinstance(case.body, dict) and sum(counts.values()) % 2:
-                    case.body |= {"model": "scenes-opt", "force": True}
-                    case.body["messages"] = [*case.body["messages"][:3], user("what?", image())]
-                response = case.call()
-                counts[str(response.status_code)] = counts.get(str(response.status_code), 0) + 1
-                case.validate_response(response, checks=[not_a_server_error])
-                assert response.status_code < 500
-                if response.status_code != 200:
-                    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
-
-            try:
-                ask()
-            except schemathesis.errors.IncorrectUsage:
-                pass
-    return counts
-
-
-def test_nothing_that_fits_or_breaks_the_description_fails_the_server(server):
-    counts = explore(server, 12)
-    assert sum(counts.values()) > 40 and counts["200"] > 5 and counts["400"] > 10
-
-
-@pytest.mark.long
-def test_description_at_length(server):
-    start = time.monotonic()
-    counts = explore(server, 400)
-    print(f"\nschemathesis: {sum(counts.values())} requests in {time.monotonic() - start:.0f} s, by status: {counts}")
-    assert said(server, COLOR, image()) == "green"
-
-
 # --- the end ---
 
 
@@ -541,73 +244,20 @@ def test_the_end_waits_no_longer_than_said(held):
         connection.close()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_lets_requests_end(number):
-    with process("--model", "scenes-opt", slow=True) as (child, port), ThreadPoolExecutor(2) as pool:
-        running = Running(None, [], port)
-        whole = pool.submit(said, running, COLOR, image())
-        caption = pool.submit(said, running, image())
-        time.sleep(0.6)  # both are under way: a token takes 0.2 s
-        child.send_signal(number)
-        assert (whole.result(), caption.result()) == ("green", alone(""))
-        assert child.wait(20) == 0
-        assert "Traceback" not in child.stderr.read()
+DOCS = (ROOT / "docs" / "serving.md").read_text()
+BLOCKS = re.findall(r"<!-- run -->\n```(\w+)\n(.*?)^```$", DOCS, re.M | re.S)
 
 
-# --- figures ---
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("model", MODELS)
-def test_64_at_once(model):
-    """Every request is about a picture of its own, which the server has not seen."""
-    scenes = [drawn(64, start) for start in (0, 1000, 2000)]
-    with serving(model) as running, ThreadPoolExecutor(64) as pool:
-
-        def answer(scene):
-            picture, question, _ = scene
-            return said(running, question, image(picture), model=model, force=True)
-
-        list(map(answer, drawn(3, 3000)))
-        seconds, answers = [], []
-        for ask, some in ((map, scenes[0]), (pool.map, scenes[1]), (map, scenes[2])):
-            start = time.perf_counter()
-            answers.append(list(ask(answer, some)))
-            seconds.append(time.perf_counter() - start)
-        running.workers[0]._pictures.clear()
-        again = list(map(answer, scenes[1]))
-    right = [sum(text.strip(" .") == true for text, (_, _, true) in zip(*pair)) for pair in zip(answers, scenes)]
-    rates = [64 / second for second in seconds]
-    print(
-        f"\n{model}: one at a time {rates[0]:.1f} and {rates[2]:.1f} requests/s, 64 at once {rates[1]:.1f}: "
-        f"{rates[1] / max(rates[0], rates[2]):.2f} times as many; right {right} of 64, "
-        f"{sum(map(str.__eq__, answers[1], again))} of 64 equal to those alone"
-    )
-    assert answers[1] == again
-    assert min(right) > 48
-
-
-@pytest.mark.long
-def test_memory_stays():
-    """2,000 requests about 500 pictures: whole and streamed, some that fail, and some that hang up."""
-    scenes = drawn(500)
-    with process("--model", "scenes-opt", "--queue", "8") as (child, port), ThreadPoolExecutor(8) as pool:
-        running = Running(None, [], port)
-
-        def ask(number):
-            picture, question, _ = scenes[number % 500]
-            document = body(question, image(picture), force=True, stream=number % 3 == 0)
-            if number % 10 == 9:
-                document["messages"] = []
-            connection = running.send(json.dumps(document).encode(), Connection="close")
-            if number % 25 != 24:
-                connection.makefile("rb").read()
-            connection.close()
-
-        memory = []
-        for start in range(0, 2200, 200):
-            list(pool.map(ask, range(start, start + 200)))
-            memory.append(psutil.Process(child.pid).memory_info().rss / 1e6)
-    print("\nMB after 200, 400, ... requests:", *(f"{one:.0f}" for one in memory))
-    assert memory[-1] < memory[0] + 30
+@pytest.mark.parametrize(("language", "block"), BLOCKS, ids=[language for language, _ in BLOCKS])
+def test_blocks_of_the_docs(server, language, block, monkeypatch, capfd):
+    monkeypatch.chdir(ROOT)
+    block = block.replace("http://127.0.0.1:8000/v1", server.url)
+    if language == "python":
+        exec(compile(block, "docs/serving.md", "exec"), {})
+        assert capfd.readouterr().out.split() == ["green", "star"]
+        return
+    if not shutil.which("curl"):
+        pytest.skip("there is no curl")
+    done = subprocess.run(["bash", "-euc", block], capture_output=True, text=True, timeout=60)
+    [choice] = json.loads(done.stdout)["choices"]
+    assert choice["message"]["content"] == alone("", ROOT / "examples" / "scene-2.png")
