@@ -78,7 +78,7 @@ class API:
     def build(self) -> FastAPI:
         """The application."""
         app = FastAPI(
-            title="BLIP-2", version=__version__, docs_url=None, redoc_url=None,
+            title="BLIP-2", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
             description="Chat completions about pictures, as OpenAI's API has them.",
         )  # fmt: skip
         keys = [Depends(HTTPBearer(auto_error=False))] if self.settings.keys else []
@@ -89,7 +89,7 @@ class API:
         )  # fmt: skip
         app.add_api_route("/v1/models", self.models, dependencies=keys, responses=ERRORS)
         app.add_api_route("/v1/models/{name:path}", self.model, dependencies=keys, responses=ERRORS)
-        app.add_api_route("/health", self.health, responses={503: {"model": Health}})
+        app.add_api_route("/health", self.health, response_model=Health, responses={503: {"model": Health}})
         app.add_exception_handler(HTTPException, _refuse)
         app.add_exception_handler(RequestValidationError, _refuse)
         app.add_exception_handler(Exception, _refuse)
