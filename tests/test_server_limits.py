@@ -133,7 +133,7 @@ FAULTS = [
     (body(COLOR, image("data:image/png,abc")), "invalid_image", "not base64"),
     (body(COLOR, image(address(b"<html></html>"))), "invalid_image", "web page"),
     (body(COLOR, image(address(SCENE.read_bytes()[:400]))), "invalid_image", "truncated or damaged"),
-    (body(COLOR, image(address(Image.new("1", (20_000, 6_000))))), "invalid_image", "million pixels"),
+    (lambda: body(COLOR, image(Image.new("1", (20_000, 6_000)))), "invalid_image", "million pixels"),
     (body(COLOR, image("http://a.example/b.png")), "urls_not_allowed", "send the picture itself"),
     (body(COLOR, image("/etc/passwd")), None, "data: URL"),
     (
@@ -155,9 +155,9 @@ FAULTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("document", "code", "words"), FAULTS, ids=lambda value: str(value)[-40:])
+@pytest.mark.parametrize(("document", "code", "words"), FAULTS, ids=[words for _, _, words in FAULTS])
 def test_bad_requests_are_told_what_is_wrong(server, document, code, words):
-    status, answer, _ = post(server, document)
+    status, answer, _ = post(server, document() if callable(document) else document)
     error = answer["error"]
     assert (status, set(error)) == (400, {"message", "type", "param", "code"})
     assert error["type"] == "invalid_request_error" and words in error["message"], error
