@@ -28,7 +28,10 @@ def test_client_gets_what_chat_says(server, model):
     chat.set_image(open_image(SCENE))
     first, second = chat.ask(COLOR, Generation()), chat.ask(SHAPE, Generation())
     assert (first, second) == ("green", "star")
-    read = [len(own.processor.tokenizer(turn.prompt)["input_ids"]) + own.processor.num_query_tokens for turn in chat.turns]
+    read = [
+        len(own.processor.tokenizer(turn.prompt)["input_ids"]) + own.processor.num_query_tokens
+        for turn in chat.turns
+    ]
 
     completions = server.client().chat.completions
     messages = [user(COLOR, image())]
@@ -39,7 +42,9 @@ def test_client_gets_what_chat_says(server, model):
 
     messages += [{"role": "assistant", "content": first}, user(SHAPE)]
     chunks = list(
-        completions.create(model=model, messages=messages, stream=True, stream_options={"include_usage": True})
+        completions.create(
+            model=model, messages=messages, stream=True, stream_options={"include_usage": True}
+        )
     )
     assert {chunk.model for chunk in chunks} == {model} and len({chunk.id for chunk in chunks}) == 1
     *chunks, last = chunks
@@ -164,7 +169,10 @@ def test_those_who_wait_are_answered_together_as_if_alone(server, held):
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(said, server, SHAPE, image(pictures[0]))
         wait_for(lambda: held.rows)
-        rest = [pool.submit(said, server, *filter(None, [question]), image(picture)) for question, picture in asked]
+        rest = [
+            pool.submit(said, server, *filter(None, [question]), image(picture))
+            for question, picture in asked
+        ]
         other = pool.submit(said, server, image(), temperature=1, seed=1)  # with settings of its own
         wait_for(lambda: worker.num_waiting == 7)
         held.leave.release(1000)

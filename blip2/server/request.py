@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from blip2.generation import MAX_DESCRIPTIONS
 from blip2.server.response import APIError
@@ -36,6 +36,14 @@ UNFOLLOWED: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "web_search_options": (),
 }
+
+
+def _whole(value: Any) -> Any:
+    """JSON does not tell 5.0 from 5."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class _Strict(BaseModel):
@@ -92,17 +100,17 @@ class ChatRequest(_Strict):
 
     model: str
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_tokens: int | None = Field(None, ge=1, le=1 << 20, description="By default 30.")
-    max_completion_tokens: int | None = Field(None, ge=1, le=1 << 20, description="Goes before max_tokens.")
+    max_tokens: Whole | None = Field(None, ge=1, le=1 << 20, description="By default 30.")
+    max_completion_tokens: Whole | None = Field(None, ge=1, le=1 << 20, description="Goes before max_tokens.")
     temperature: float | None = Field(None, ge=0, le=2, description="By default 0: the likeliest words.")
     top_p: float | None = Field(None, ge=0, le=1, description="By default 1.")
-    n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
-    seed: int | None = Field(None, ge=-(1 << 63), le=(1 << 63) - 1)
+    n: Whole | None = Field(None, ge=1, le=MAX_ANSWERS)
+    seed: Whole | None = Field(None, ge=-(1 << 63), le=(1 << 63) - 1)
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     force: bool | None = Field(None, description="Answer about pictures that the model does not know, too.")
-    describe: int | None = Field(
+    describe: Whole | None = Field(
         None, ge=0, le=MAX_DESCRIPTIONS, description="Captions of its own that the model reads first."
     )
     style: Literal["question", "short", "raw"] | None = Field(

@@ -153,15 +153,14 @@ class Worker:
             self._answer_together([job for job in jobs if not job.over])
             return
         except Exception as error:  # a request that fails must not end the server
+            short = is_out_of_memory(error)
+            if not short:
+                log.exception("a request failed")
             left = [job for job in jobs if not job.over]
-            again = (
-                [job for job in left if not job.begun] if len(jobs) > 1 and is_out_of_memory(error) else []
-            )
+            again = [job for job in left if not job.begun] if short and len(jobs) > 1 else []
             for job in left:
                 if job not in again:
                     job.fail(error)
-            if not is_out_of_memory(error):
-                log.exception("a request failed")
             traceback.clear_frames(error.__traceback__)  # which hold what was being computed
         free_unused()
         half = (len(again) + 1) // 2
