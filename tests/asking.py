@@ -1,4 +1,4 @@
-"""A server in a thread of this process, and what to ask it. Run by itself, it is `blip2 serve` with slow tokens."""
+"""A server in a thread of this process, and what to ask it; run by itself, `blip2 serve` with slow tokens."""
 
 import base64
 import http.client

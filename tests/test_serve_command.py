@@ -46,7 +46,7 @@ def test_port_that_is_taken(serve):
         assert code == 1 and f"cannot listen on 127.0.0.1, port {port}" in error and "--port" in error
         with take_port("127.0.0.1", [port, 0]) as free:
             assert free.getsockname()[1] not in (0, port)
-    with pytest.raises(OSError, match="192.0.2.1"):
+    with pytest.raises(OSError, match=r"192\.0\.2\.1"):
         take_port("192.0.2.1", [0])
 
 

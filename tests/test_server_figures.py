@@ -1,4 +1,4 @@
-"""What is measured of `blip2 serve`, and its end by signals; minutes: `pytest -s -m long tests/test_server_figures.py`."""
+"""What is measured of `blip2 serve`, and its end by signals: `pytest -s -m long tests/test_server_figures.py`."""
 
 import json
 import signal
@@ -46,7 +46,8 @@ def test_64_at_once(model):
         running.workers[0]._pictures.clear()
         again = list(map(answer, scenes[1]))
     right = [
-        sum(text.strip(" .") == true for text, (_, _, true) in zip(*pair)) for pair in zip(answers, scenes)
+        sum(text.strip(" .") == true for text, (_, _, true) in zip(*pair, strict=True))
+        for pair in zip(answers, scenes, strict=True)
     ]
     rates = [64 / second for second in seconds]
     print(
@@ -87,7 +88,6 @@ def test_memory_stays():
 def test_description_at_length(server):
     start = time.monotonic()
     counts = explore(server, 400)
-    print(
-        f"\nschemathesis: {sum(counts.values())} requests in {time.monotonic() - start:.0f} s, by status: {counts}"
-    )
+    seconds = time.monotonic() - start
+    print(f"\nschemathesis: {sum(counts.values())} requests in {seconds:.0f} s, by status: {counts}")
     assert said(server, COLOR, image()) == "green"

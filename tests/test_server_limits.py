@@ -4,7 +4,7 @@ import http.client
 import json
 
 import pytest
-from asking import ROOT, SCENE, address, body, explore, image, post, said, serving, user, wait_for
+from asking import SCENE, address, body, explore, image, post, serving, user, wait_for
 from PIL import Image
 
 COLOR = "what color is the circle?"
@@ -137,7 +137,7 @@ FAULTS = [
     (body(COLOR, image(), n=99), "invalid_value", "n: "),
     (body(COLOR, image(), logprobs=True), "unsupported_parameter", "logprobs"),
     (body(COLOR, image(), tools=[{"type": "function"}]), "unsupported_parameter", "tools"),
-    (body(COLOR, image(), response_format={"type": "json_object"}), "unsupported_parameter", "response_format"),
+    (body(COLOR, image(), response_format={"type": "json"}), "unsupported_parameter", "response_format"),
     (body(COLOR, image(), stream_options={"include_usage": True}), None, "stream: true"),
     (b'{"model": "scenes-opt", "messages": [{"role": "\\ud800", "content": "x"}]}', "invalid_value", "role"),
     (body(COLOR), "no_picture", "show no picture"),
@@ -159,7 +159,7 @@ FAULTS = [
         None, "answers no message",
     ),
     (
-        {"model": "scenes-opt", "messages": [{"role": "system", "content": "x"}, user(COLOR, image())], "style": "raw"},
+        {"model": "scenes-opt", "style": "raw", "messages": [{"role": "system", "content": "x"}, user(image())]},
         None, "style raw",
     ),
     (

@@ -26,6 +26,7 @@ from blip2.images import ImageError
 from blip2.model import Blip2
 from blip2.novelty import Novelty
 from blip2.pictures import Captioning
+from blip2.ports import is_loopback
 from blip2.presets import PRESETS
 from blip2.processing import PromptError
 from blip2.ui import build, errors, history, launch, main, page
