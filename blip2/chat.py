@@ -6,8 +6,9 @@ pool shared by all conversations; one that was evicted reads its turns again and
 
 import threading
 import weakref
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +70,48 @@ class CachePool:
 
 
 _POOL = CachePool()
+
+
+def framed(
+    processor: Processor,
+    text: str,
+    style: Style,
+    max_new_tokens: int,
+    history: Sequence[tuple[str, str]] = (),
+    description: str = "",
+) -> tuple[Turn, dict[str, torch.Tensor]]:
+    """The prompt of `Processor.prompt`, with as many of the latest turns as leave room for the answer.
+
+    Args:
+        processor: of the model.
+        text: a question, or what `style` takes.
+        style: the frame.
+        max_new_tokens: of the answer.
+        history: questions and answers before, the oldest first.
+        description: of the picture.
+
+    Returns:
+        A turn without an answer, and its prompt's input_ids and attention_mask: int (1, T).
+
+    Raises:
+        PromptError: it does not fit even without the turns before.
+    """
+    room = (processor.context or 1 << 30) - processor.num_query_tokens - max_new_tokens
+
+    def prompt(dropped: int) -> str:
+        return processor.prompt(text, style, history[dropped:], description)
+
+    def fits(dropped: int) -> bool:
+        return len(processor.tokenizer(prompt(dropped))["input_ids"]) <= room
+
+    dropped = bisect_left(range(len(history)), True, key=fits)
+    if dropped == len(history) and not fits(dropped):
+        raise PromptError(
+            f"the question and an answer of {max_new_tokens} tokens do not fit this model's "
+            f"{processor.context}: shorten the question or lower max_new_tokens"
+        )
+    turn = Turn(text, prompt=prompt(dropped), dropped=dropped)
+    return turn, processor.text(turn.prompt)
 
 
 class Chat:
@@ -180,24 +223,10 @@ class Chat:
     def _prompt(self, question: str, generation: Generation) -> tuple[Turn, dict[str, torch.Tensor]]:
         """Frame the question with as many of the latest turns as fit the context."""
         history = [(turn.question, turn.answer) for turn in self.turns]
-        room = (
-            (self.processor.context or 1 << 30) - self.processor.num_query_tokens - generation.max_new_tokens
+        turn, tokens = framed(
+            self.processor, question, self.style, generation.max_new_tokens, history, self.description
         )
-        for dropped in range(len(history) + 1):
-            prompt = self.processor.prompt(question, self.style, history[dropped:], self.description)
-            last = dropped == len(history)
-            if not last and len(self.processor.tokenizer(prompt)["input_ids"]) > room:
-                continue
-            tokens = self.processor.text(prompt)
-            if tokens["input_ids"].shape[1] <= room:
-                break
-        else:
-            raise PromptError(
-                f"the question and an answer of {generation.max_new_tokens} tokens do not fit this model's "
-                f"{self.processor.context}: shorten the question or lower max_new_tokens"
-            )
-        tokens |= self.processor.question(question)
-        return Turn(question, prompt=prompt, dropped=dropped), tokens
+        return turn, tokens | self.processor.question(question)
 
     def _answer(
         self, turn: Turn, tokens: dict[str, torch.Tensor], image: ImageFeatures, generation: Generation

@@ -78,6 +78,8 @@ def decode(
     generation: Generation,
     cache: TextCache | None = None,
     avoid: list[list[int]] | None = None,
+    given_up: Tensor | None = None,
+    alone: bool = False,
 ) -> Iterator[Tensor]:
     """Greedy or nucleus decoding, a token a time, for one image or for as many as there are prompts.
 
@@ -89,6 +91,8 @@ def decode(
         cache: of the turns before, for one row and a decoder-only model; what it shares with the prompt is
             not read again, and it holds the new turn afterwards, also when the iterator is closed early.
         avoid: tokens, or sequences of them, that are never said; see `Processor.spellings`.
+        given_up: bool (B * num_captions,), which the caller may set between tokens: rows that end there.
+        alone: with a seed, every image is told what it would be told alone, whatever the batch holds.
 
     Yields:
         int (B * num_captions,), the next token of every row; rows that have ended give padding.
@@ -101,7 +105,7 @@ def decode(
     ends, pad = ending(model, decoder.logits.device)
     processors = _processors(generation, ends, avoid)
     try:
-        yield from _tokens(decoder, generation, ends, pad, processors, cache)
+        yield from _tokens(decoder, generation, ends, pad, processors, cache, given_up, alone)
     finally:
         decoder.close()
 
@@ -113,6 +117,8 @@ def _tokens(
     pad: int,
     processors: LogitsProcessorList,
     cache: TextCache,
+    given_up: Tensor | None,
+    alone: bool,
 ) -> Iterator[Tensor]:
     """What `decode` yields; rows that have ended leave the decoder."""
     copies, num_rows, device = generation.num_captions, len(decoder.logits), ends.device
@@ -124,13 +130,15 @@ def _tokens(
     for length in range(1, generation.max_new_tokens + 1):
         scores = processors(said, decoder.logits) if len(processors) else decoder.logits
         if generation.method == "nucleus":
-            token = torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+            token = _sampled(scores, copies, generator, alone and generation.seed is not None)
         else:
             token = scores.argmax(-1)
         token = torch.where(finished, pad, token)
         finished = finished | torch.isin(token, ends)
         said = torch.cat([said, token[:, None]], dim=1)
         yield said.new_full((num_rows,), pad).index_copy(0, rows, token)
+        if given_up is not None:
+            finished = finished | given_up.to(device)[rows]
         if length == generation.max_new_tokens or finished.all():
             return
         over = finished.view(-1, copies).all(1)
@@ -140,6 +148,20 @@ def _tokens(
             decoder.keep(going)
         decoder.read(token)
         cache.ids.append(int(token[0]))
+
+
+def _sampled(scores: Tensor, copies: int, generator: torch.Generator, alone: bool) -> Tensor:
+    """A token of every row by its probability, as `torch.multinomial` draws it: int (N,).
+
+    Args:
+        scores: float (N, vocabulary).
+        copies: rows that each image has, one behind the other.
+        generator: of the noise.
+        alone: give every image the noise that it would get alone.
+    """
+    probabilities = scores.softmax(-1).unflatten(0, (-1, copies))  # (B, copies, vocabulary)
+    noise = torch.empty_like(probabilities[:1] if alone else probabilities).exponential_(generator=generator)
+    return (probabilities / noise).argmax(-1).flatten()
 
 
 def read_prompt(
@@ -224,6 +246,7 @@ def generate(
     generation: Generation,
     stop: StopSignal | None = None,
     questions: list[str] | None = None,
+    alone: bool = False,
 ) -> list[list[str]]:
     """Answer prompts about one image, or one prompt (or a prompt each) about many.
 
@@ -235,6 +258,7 @@ def generate(
         generation: settings.
         stop: ends decoding within a token once set; what was said until then is returned.
         questions: what a Q-Former that reads questions gets; by default the prompts.
+        alone: see `decode`.
 
     Returns:
         For every row, `num_captions` texts.
@@ -251,7 +275,7 @@ def generate(
         new = _search(model, image, tokens, generation, stop, avoid)
     else:
         steps = []
-        for token in decode(model, image, tokens, generation, avoid=avoid):
+        for token in decode(model, image, tokens, generation, avoid=avoid, alone=alone):
             steps.append(token)
             if stop.is_set():
                 break
@@ -290,6 +314,7 @@ def describe(
     image: ImageFeatures,
     captions: int = 1,
     stop: StopSignal | None = None,
+    alone: bool = False,
 ) -> list[str]:
     """What the model says of each image by itself, for "describe, then answer".
 
@@ -302,6 +327,7 @@ def describe(
         image: features of B images.
         captions: how many; 0 for none, and empty descriptions.
         stop: cuts it short.
+        alone: see `decode`.
 
     Raises:
         ValueError: fewer than 0 captions, or more than MAX_DESCRIPTIONS.
@@ -314,7 +340,7 @@ def describe(
     said = generate(model, processor, image, processor.prompt(DESCRIPTION, "caption"), greedy, stop)
     if captions > 1 and not (stop and stop.is_set()):
         sampling = greedy.with_(method="nucleus", temperature=0.7, seed=0, num_captions=captions - 1)
-        more = generate(model, processor, image, "", sampling, stop)
+        more = generate(model, processor, image, "", sampling, stop, alone=alone)
         said = [first + others for first, others in zip(said, more, strict=True)]
     return [_joined(texts, processor) for texts in said]
 

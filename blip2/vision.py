@@ -6,6 +6,7 @@ after them (`post_layernorm`, LAVIS's `ln_vision`) is not part of the frozen enc
 stages. Other encoders are in `blip2.encoders`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,13 @@ class ImageFeatures:
     def to(self, *args: Any, **kwargs: Any) -> "ImageFeatures":
         """As `Tensor.to`, for every part."""
         return self._map(lambda part: part.to(*args, **kwargs))
+
+    @staticmethod
+    def join(many: Sequence["ImageFeatures"]) -> "ImageFeatures":
+        """The features of all images in one; each of `many` has the same parts."""
+        soft = [(one.query_output, one.language_inputs) for one in many]
+        rest = (None if part[0] is None else torch.cat(part) for part in zip(*soft, strict=True))
+        return ImageFeatures(torch.cat([one.image_embeds for one in many]), *rest)
 
 
 class PatchEmbeddings(nn.Module):

@@ -132,3 +132,27 @@ def visit(app, browser):
         context.close()
     assert complaints == []
     assert hosts <= {"127.0.0.1", None, ""}, hosts  # data: and blob: have no host
+
+
+# --- `blip2 serve` on the embedded models, in a thread ---
+
+
+@pytest.fixture(scope="session")
+def server():
+    from asking import MODELS, serving
+
+    with serving(*MODELS) as running:
+        yield running
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Its tokens wait for leave."""
+    from asking import Held
+
+    from blip2.server import worker
+
+    held = Held()
+    monkeypatch.setattr(worker, "decode", held.decode)
+    yield held
+    held.leave.release(1000)

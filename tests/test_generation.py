@@ -114,6 +114,37 @@ def test_nucleus_repeats_by_seed_and_gives_several():
     assert len(first) == 1 and len(first[0]) == 3
 
 
+@pytest.mark.parametrize("family", ["opt", "t5"])
+def test_seed_means_the_same_alone_and_in_a_batch(family):
+    model, processor, image = setup(family)
+    generation = Generation(method="nucleus", num_captions=3, max_new_tokens=6, seed=7, top_p=1.0)
+    single = [generate(model, processor, image[row], PROMPTS[row], generation)[0] for row in range(3)]
+    assert generate(model, processor, image, PROMPTS, generation, alone=True) == single
+    other = generate(model, processor, image, PROMPTS, generation)  # noise of the whole batch
+    assert other[0] != single[0] or other[1] != single[1]
+    many = generation.with_(seed=None, num_captions=1)
+    unlike = {
+        tuple(text for [text] in generate(model, processor, image[[0, 0, 0]], PROMPTS[0], many, alone=True))
+        for _ in range(3)
+    }
+    assert any(len(set(texts)) > 1 for texts in unlike)  # without a seed, nobody gets another's words
+
+
+def test_rows_that_are_given_up_end():
+    model, processor, image = setup("opt")
+    text, settings = processor.text(PROMPTS), Generation(max_new_tokens=8, min_new_tokens=8)
+    whole = said(model, image, text, settings)
+    pad, given_up = model.language_model.generation_config.pad_token_id, torch.zeros(3, dtype=torch.bool)
+    steps = []
+    for token in decode(model, image, text, settings, given_up=given_up):
+        steps.append(token)
+        given_up[1] = len(steps) >= 2
+        given_up[:] |= len(steps) == 5
+    ours = torch.stack(steps, dim=1)
+    assert ours.shape[1] == 5 and torch.equal(ours[[0, 2]], whole[[0, 2], :5])
+    assert torch.equal(ours[1, :2], whole[1, :2]) and (ours[1, 2:] == pad).all()
+
+
 def test_cache_answers_as_a_fresh_start():
     model, processor, image = setup("opt")
     cache, generation = TextCache(), Generation(max_new_tokens=5)

@@ -1,7 +1,8 @@
 """The direction of imports: who may import whom, read from the sources without running them.
 
 Below, a module may import modules of its own row and of the rows above it, never in a circle. Nothing in
-`blip2` imports `train`; only `blip2/ui` imports gradio; `import blip2` and `blip2 --help` leave torch alone.
+`blip2` imports `train`; only `blip2/ui` imports gradio, only `blip2/server` fastapi; `import blip2`
+and `blip2 --help` leave torch alone.
 """
 
 import ast
@@ -16,7 +17,7 @@ import blip2
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"devices", "fetch", "config", "errors", "settings", "resources"},
+    {"devices", "fetch", "config", "errors", "ports", "settings", "resources"},
     {"base", "vision", "encoders", "qformer", "language", "packed"},
     {"representation", "model"},
     {
@@ -101,6 +102,7 @@ def test_imports_point_one_way(path):
     foreign = {name.split(".")[0] for name in imports(path)}
     assert "train" not in foreign
     assert "gradio" not in foreign or module(path) == "ui"
+    assert not foreign & {"fastapi", "starlette", "uvicorn"} or module(path) == "server"
     assert not any(name.startswith("torch.distributed") for name in imports(path))
 
 

@@ -26,6 +26,7 @@ from blip2.images import ImageError
 from blip2.model import Blip2
 from blip2.novelty import Novelty
 from blip2.pictures import Captioning
+from blip2.ports import is_loopback
 from blip2.presets import PRESETS
 from blip2.processing import PromptError
 from blip2.ui import build, errors, history, launch, main, page
@@ -39,7 +40,7 @@ from blip2.ui.models import Models
 from blip2.ui.page import DELETE_CACHE
 from blip2.ui.parameters import DESCRIBE, KEPT, Parameters
 from blip2.ui.picture import Picture
-from blip2.ui.serve import UsageError, is_loopback, may_be_local
+from blip2.ui.serve import UsageError, may_be_local
 from blip2.ui.session import Session
 from blip2.ui.stop import Stop
 from blip2.ui.subject import Subject

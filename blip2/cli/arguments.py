@@ -3,6 +3,7 @@
 import argparse
 
 from blip2 import __version__
+from blip2.cli.serving import add_options
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
 STYLES = ("question", "short", "raw")
@@ -170,6 +171,10 @@ def build_parser() -> argparse.ArgumentParser:
     bench = command("bench", "bench", "measure this package against transformers, on this machine")
     _add_bench(bench)
 
+    serve = command("serve", "serve", "answer programs: an OpenAI-compatible HTTP server")
+    add_options(serve)
+    _add_models(serve)
+
     info = command("info", "checkpoints", "list the models, or describe one: parameters, sizes, memory")
     info.add_argument("model", nargs="?", metavar="MODEL", help="a name, a folder, or a Hub id in the cache")
     return parser
@@ -254,6 +259,19 @@ def _add_model(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
         group.add_argument(
             "--adapter", metavar="FOLDER", help="a LoRA adapter; without --model, its own model is taken"
         )
+    _add_machine(group)
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("models")
+    group.add_argument(
+        "--model",
+        "-m",
+        nargs="+",
+        action="extend",
+        metavar="MODEL",
+        help="names, folders, Hub ids, or adapters' folders",
+    )
     _add_machine(group)
 
 

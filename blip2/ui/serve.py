@@ -3,7 +3,6 @@
 import argparse
 import importlib.util
 import inspect
-import ipaddress
 import os
 import shutil
 import signal
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 from urllib.request import ProxyHandler, build_opener
+
+from blip2.ports import is_loopback
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -119,16 +120,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _on_spaces() -> bool:
     return bool(os.environ.get("SPACE_ID"))
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server on `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def may_be_local(host: str, wanted: bool | None) -> bool:
