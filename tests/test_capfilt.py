@@ -25,6 +25,7 @@ import torch
 import transformers
 from PIL import Image
 
+from blip2.bulk.cluster import Pool
 from train.capfilt import filter as filtering
 from train.capfilt import models, run
 from train.capfilt.filter import Filter, Settings, best, candidates, marker, summarize
@@ -531,10 +532,10 @@ def test_captions_must_fit_the_model(captioner):
 
 def test_room_on_machines():
     wanted = settings("a", "b", actors=None, workers=2)
-    assert run._pool(wanted, [{"CPU": 64, "GPU": 8}, {"CPU": 6, "GPU": 8}]) == (1.0, 2, 11)
-    assert run._pool(wanted, [{"CPU": 5}, {"CPU": 2}]) == (0.0, 2, 3)
+    assert run._pool(wanted, [{"CPU": 64, "GPU": 8}, {"CPU": 6, "GPU": 8}]) == Pool(11, 1.0, 2)
+    assert run._pool(wanted, [{"CPU": 5}, {"CPU": 2}]) == Pool(3, 0.0, 2)
     half = settings("a", "b", actors=4, workers=0, num_gpus_per_actor=0.5)
-    assert run._pool(half, [{"CPU": 64, "GPU": 2}]) == (0.5, 1, 4)
+    assert run._pool(half, [{"CPU": 64, "GPU": 2}]) == Pool(4, 0.5, 1)
     with pytest.raises(CapFiltError, match="room for 0 actors of 1 GPUs"):
         run._pool(settings("a", "b", actors=1, num_gpus_per_actor=1), [{"CPU": 8}])
     with pytest.raises(CapFiltError, match=r"room for 1 actors.* 2 are wanted"):
