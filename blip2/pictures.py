@@ -73,6 +73,11 @@ class Captioning:
         return [f"{self.prefix}{begun}{text}{self.suffix}" for text in texts]
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 picture`, `2,000 pictures`."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+
+
 def find_pictures(folder: str | Path, recursive: bool = False) -> list[str]:
     """Paths within `folder` of the pictures there, sorted, with forward slashes; hidden ones are left out.
 

@@ -10,10 +10,7 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import fsspec
@@ -24,6 +21,7 @@ import tiny
 import torch
 import transformers
 from PIL import Image
+from raying import kill, start, wait_for
 
 from blip2.bulk.cluster import Pool
 from train.capfilt import filter as filtering
@@ -649,22 +647,6 @@ def test_coco_checkpoints_get_their_prompt():
 # ---------------------------------------------------------------- Ray
 
 
-def start(wanted: Settings, log: Path) -> subprocess.Popen:
-    """The command, in a process of its own, on two cores."""
-    command = [sys.executable, "-m", "train.capfilt", *arguments(wanted)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
-    with log.open("w") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
-
-
-def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 240):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end and process.poll() is None, log.read_text()
-        time.sleep(0.05)
-    return found
-
-
 @pytest.mark.long
 def test_ray_survives_kills(tmp_path):
     """The driver is killed between shards, then an actor of the run that goes on; nothing differs."""
@@ -673,19 +655,14 @@ def test_ray_survives_kills(tmp_path):
     wanted, out = settings(source, tmp_path / "out", workers=1, actors=1), tmp_path / "out"
 
     log = tmp_path / "first.log"
-    first = start(wanted, log)
+    first = start(["train.capfilt", *arguments(wanted)], log)
     wait_for(lambda: len(list(out.glob("*.capfilt.json"))) >= 2, first, log)
-    family = psutil.Process(first.pid).children(recursive=True)
-    family = [child for child in family if "Agent" not in child.name()]  # Ray's own, which look now and then
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert alive == [], "working on with nobody to report to"
+    kill(first, alone=True)
     done = len(list(out.glob("*.capfilt.json")))
     assert 2 <= done < 5
 
     log = tmp_path / "second.log"
-    second = start(wanted, log)
+    second = start(["train.capfilt", *arguments(wanted)], log)
 
     def actor():
         children = psutil.Process(second.pid).children(recursive=True)

@@ -7,6 +7,8 @@ stands for is read and written by the actors. Ray is imported when it is used.
 import json
 import logging
 import os
+import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ QUIET = {  # read when ray is imported or started
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_worker_niceness": "0",  # else whatever runs beside it goes before it
 }
 
 
@@ -67,14 +70,15 @@ def connected(address: str | None = None) -> Iterator[list[dict[str, float]]]:
         raise RoomError(f'Ray is not installed ({error}): pip install "ray[data]"') from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    quiet: dict[str, Any] = {"logging_level": "warning", "log_to_driver": False}
-    if address := address or os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError) as error:
-            raise RoomError(f"no Ray cluster answers at {address!r}: {error}") from error
-    else:
-        ray.init("local", include_dashboard=False, object_store_memory=STORE, **quiet)
+    options: dict[str, Any] = {"logging_level": "warning", "log_to_driver": False}
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not address:
+        options |= {"include_dashboard": False, "object_store_memory": STORE}
+    try:
+        with _hushed():
+            ray.init(address=address or "local", **options)
+    except (ConnectionError, ValueError) as error:
+        raise RoomError(f"no Ray answers at {address or 'this machine'}: {error}") from error
     try:
         yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
     except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
@@ -84,6 +88,20 @@ def connected(address: str | None = None) -> Iterator[list[dict[str, float]]]:
         ) from error
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep what is not Python from writing to stderr, such as Ray's word on the level of its own log."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def room(machines: Sequence[Mapping[str, float]], gpus: float, cpus: int) -> int:
@@ -112,18 +130,18 @@ def reports(
     """
     import ray.data
 
-    done = ray.data.from_items(
-        [{"unit": unit} for unit in units], override_num_blocks=len(units)
-    ).map_batches(
-        worker,
-        fn_constructor_args=arguments,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(
-            size=min(pool.actors, len(units)), max_tasks_in_flight_per_actor=ahead
-        ),
-        num_gpus=pool.gpus,
-        num_cpus=pool.cpus,
-        max_task_retries=RETRIES,
-    )
+    size = min(pool.actors, len(units))
+    source = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # nothing else takes max_task_retries yet
+        done = source.map_batches(
+            worker,
+            fn_constructor_args=arguments,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=ahead),
+            num_gpus=pool.gpus,
+            num_cpus=pool.cpus,
+            max_task_retries=RETRIES,
+        )
     for batch in done.iter_batches(batch_size=None, prefetch_batches=0):
         yield from map(json.loads, batch["report"])

@@ -14,6 +14,7 @@ from blip2.bulk.settings import BulkError, Settings
 from blip2.bulk.unit import Unit
 from blip2.bulk.units import Found, cut, find
 from blip2.bulk.worker import Worker
+from blip2.pictures import counted
 from blip2.sidecars import FolderError
 
 SMALL = 400_000_000  # bytes of weights: of smaller models a core each, of others one copy for several cores
@@ -69,7 +70,7 @@ def run(
         left = [unit for unit in units if unit.name not in done]
         tally = Tally(units, before)
         if done:
-            say(f"{len(done):,} of {len(units):,} parts are done, {tally.rows:,} rows: going on")
+            say(f"{len(done):,} of {counted(len(units), 'part')} done, {counted(tally.rows, 'row')}: going on")
         work = _here if settings.workers == 0 else _on_ray
         try:
             for report in work(settings, left, say) if left else ():
@@ -153,7 +154,7 @@ def _claim(settings: Settings, out: Destination, say: Say) -> list[Unit]:
         out.forget()  # of texts beside pictures what is missing is done; of others, what was removed
     found = look(settings, out)
     units = cut(found, settings.batch_size, settings.per_file)
-    say(f"{found.described()}, in {len(units):,} parts")
+    say(f"{found.described()}, in {counted(len(units), 'part')}")
     out.write_plan(units)
     out.write_note()
     return units
@@ -215,7 +216,8 @@ def _on_ray(settings: Settings, units: Sequence[Unit], say: Say) -> Iterator[dic
         )
     with cluster.connected(settings.address) as machines:
         pool = choose_pool(settings, machines, None if settings.address else free_memory())
-        on = f"a GPU and {pool.cpus} threads" if pool.gpus else f"{pool.cpus} threads"
+        threads = "1 thread" if pool.cpus == 1 else f"{pool.cpus} threads"
+        on = f"a GPU and {threads}" if pool.gpus else threads
         say(f"{pool.actors} workers of {on} each" if pool.actors > 1 else f"1 worker of {on}")
         arguments = (settings, "auto" if pool.gpus else "cpu", pool.cpus)
         yield from cluster.reports(Worker, arguments, [unit.json() for unit in units], pool, ahead=2)
@@ -335,7 +337,7 @@ class Tally:
             figures["start_seconds"] = round(max(self.ready.values()) - begun, 1)
         rates = [
             sum(rows for _, rows in own[1:]) / (own[-1][0] - own[0][0])
-            for own in self.ends.values()
+            for own in map(sorted, self.ends.values())
             if len(own) > 1 and own[-1][0] > own[0][0]
         ]
         if rates and len(rates) == len(self.ends):

@@ -20,10 +20,10 @@ from blip2.bulk.store import Store
 from blip2.bulk.tables import DATASET, dataset, num_rows
 from blip2.bulk.tars import ShardError, index
 from blip2.bulk.unit import Unit
-from blip2.pictures import ENDINGS
+from blip2.pictures import ENDINGS, counted
 
 KINDS = {".tar": "tar", ".parquet": "parquet", ".txt": "lines"} | dict.fromkeys(ENDINGS, "pictures")
-NOUNS = {"tar": "tar shards", "parquet": "parquet files", "lines": "text files", "pictures": "pictures"}
+NOUNS = {"tar": "tar shard", "parquet": "parquet file", "lines": "text file", "pictures": "picture"}
 UNITS = 64  # a run is cut into so many, or more: enough that actors end together
 MOST_BATCHES = 32  # of a unit: what a stop may cost
 MOST_UNITS = 20_000  # but for tar shards; each passes through Ray's scheduler
@@ -58,9 +58,9 @@ class Found:
     def described(self) -> str:
         """In words."""
         if self.kind == "dataset":
-            return f"{self.total:,} rows of the data set {self.root}"
-        files = f"{len(self.names):,} {NOUNS[self.kind]}"
-        return files if self.kind in ("pictures", "tar") else f"{self.total:,} rows in {files}"
+            return f"{counted(self.total or 0, 'row')} of the data set {self.root}"
+        files = counted(len(self.names), NOUNS[self.kind])
+        return files if self.kind in ("pictures", "tar") else f"{counted(self.total or 0, 'row')} in {files}"
 
 
 def find(source: Source, texts_only: bool = False) -> Found:
@@ -84,11 +84,11 @@ def find(source: Source, texts_only: bool = False) -> Found:
         wanted = "text or parquet files" if texts_only else "pictures, tar shards or parquet files"
         raise BulkError(f"{source.address} holds none of what can be read: {wanted}")
     if len(kinds) > 1:
-        held = " and ".join(f"{count} {NOUNS[kind]}" for kind, count in sorted(kinds.items()))
+        held = " and ".join(counted(count, NOUNS[kind]) for kind, count in sorted(kinds.items()))
         raise BulkError(f"{source.address} holds {held}: name one kind by a glob, such as '*.tar'")
     [kind] = kinds
     if texts_only and kind in ("pictures", "tar"):
-        raise BulkError(f"{source.address} holds {NOUNS[kind]}; texts come from text or parquet files")
+        raise BulkError(f"{source.address} holds {NOUNS[kind]}s; texts come from text or parquet files")
     chosen = tuple(name for name in names if KINDS.get(PurePosixPath(name).suffix.lower()) == kind)
     if kind in ("pictures", "tar"):
         return Found(kind, root, chosen)
@@ -144,17 +144,17 @@ def about(found: Found) -> tuple[int, bool]:
     if found.total is not None:
         return found.total, True
     store = Store(found.root)
-    counted, weighed = 0, 0
+    samples, weighed = 0, 0
     sizes = {name: int(store.fs.size(store.path(name)) or 0) for name in found.names}
     for name in found.names[:SAMPLED]:
         try:
             with store.reading(name) as path:
-                counted += len(index(path))
+                samples += len(index(path))
             weighed += sizes[name]
         except ShardError:
             continue  # the run says so, too
     exact = len(found.names) <= SAMPLED
-    return counted if exact else int(counted * sum(sizes.values()) / max(1, weighed)), exact
+    return samples if exact else int(samples * sum(sizes.values()) / max(1, weighed)), exact
 
 
 def _files(address: str) -> tuple[str, list[str]]:

@@ -14,7 +14,7 @@ from blip2.bulk.settings import BATCH, BulkError, Model, Settings, Source
 from blip2.cli.bulk_arguments import FITTING
 from blip2.cli.console import Console, UsageError
 from blip2.cli.decoding import generation
-from blip2.pictures import Captioning
+from blip2.pictures import Captioning, counted
 from blip2.presets import EMBEDDED, PRESETS, find_preset
 from blip2.settings import Generation
 
@@ -41,7 +41,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise
     line.end()
     if summary["failed"]:
-        console.note(f"{summary['failed']:,} rows could not be used: {summary['errors']} says why")
+        failed = counted(summary["failed"], "row")
+        console.note(f"{failed} could not be used: {summary['errors']} says why")
     console.show({"out": settings.out, **summary}, cost(summary, settings.out))
     return 0
 
@@ -136,9 +137,9 @@ def _captioning(args: argparse.Namespace) -> Captioning:
 
 
 def _show_plan(facts: dict[str, Any], settings: Settings, console: Console) -> None:
-    rows = f"{'' if facts['exact'] else 'about '}{facts['rows']:,} rows"
+    rows = ("" if facts["exact"] else "about ") + counted(facts["rows"], "row")
     lines = [
-        f"{rows}: {facts['source']}, in {facts['parts']:,} parts",
+        f"{rows}: {facts['source']}, in {counted(facts['parts'], 'part')}",
         f"{settings.task} with {settings.model.name}, to {settings.out} as {settings.to}",
     ]
     for one in facts["first"]:
@@ -148,7 +149,7 @@ def _show_plan(facts: dict[str, Any], settings: Settings, console: Console) -> N
         lines.append("  ".join([f"  {name}: {said if isinstance(said, str) else ' | '.join(said)}", *scores]))
     if facts["rows_per_second"]:
         lines.append(
-            f"about {facts['rows_per_second']:,.1f} rows/s with {_workers(facts['workers'])} of "
+            f"about {facts['rows_per_second']:,.1f} rows/s with {counted(facts['workers'], 'worker')} of "
             f"{facts['threads']} threads here: {duration(facts['seconds'])}, "
             f"a million rows {duration(1e6 / facts['rows_per_second'])}"
         )
@@ -162,10 +163,6 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _workers(count: int) -> str:
-    return "1 worker" if count == 1 else f"{count} workers"
-
-
 def cost(summary: dict[str, Any], out: str) -> list[str]:
     """What a run did and what it cost, in words.
 
@@ -174,14 +171,14 @@ def cost(summary: dict[str, Any], out: str) -> list[str]:
         out: where the results are.
     """
     now = summary["this_call"]
-    lines = [f"{summary['rows']:,} rows in {out}"]
+    lines = [f"{counted(summary['rows'], 'row')} in {out}"]
     if "start_seconds" in now:
         lines[0] += f"; {now['rows']:,} now, in {duration(now['seconds'])}"
         lines.append(f"{now['start_seconds']:.1f} s of it to start, until the last worker had its model")
     if "rows_per_second" in now:
         million = duration(now["seconds_for_a_million"])
         speed = f"{now['rows_per_second']:,.1f} rows/s once under way"
-        lines.append(f"{speed}, with {_workers(now['workers'])}; a million rows take {million}")
+        lines.append(f"{speed}, with {counted(now['workers'], 'worker')}; a million rows take {million}")
     return lines
 
 
