@@ -2,14 +2,22 @@
 
 import os
 import time
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from blip2.bulk.results import Destination
 from blip2.bulk.rows import rows
 from blip2.bulk.run import anywhere, choose_pool, free_memory, look
 from blip2.bulk.settings import Settings
+from blip2.bulk.tars import ShardError
+from blip2.bulk.unit import Row, Unit
 from blip2.bulk.units import about, cut
 from blip2.pictures import Failure
+
+if TYPE_CHECKING:
+    from blip2.bulk.tasks import Item
+    from blip2.bulk.work import Work
 
 SHOWN = 5
 
@@ -53,17 +61,10 @@ def preview(settings: Settings, batches: int = 4) -> dict[str, Any]:
         device = settings.device if alone or (pool and pool.gpus) else "cpu"
         work = Work(settings, device, facts["threads"])
         times: list[tuple[float, int]] = []
-        for unit in units:
-            with rows(unit, settings.source, work.images, work.texts) as some:
-                for batch in work.batches(unit, some[: batches * settings.batch_size]):
-                    times.append((time.perf_counter(), len(batch)))
-                    for _, _, result in batch[: SHOWN - len(facts["first"])]:
-                        failed = isinstance(result, Failure)
-                        facts["first"].append(vars(result) if failed else result)
-                    if len(times) == batches:
-                        break
-            if len(times) == batches:
-                break
+        for batch in islice(_tried(work, units), batches):
+            times.append((time.perf_counter(), len(batch)))
+            for _, _, result in batch[: SHOWN - len(facts["first"])]:
+                facts["first"].append(vars(result) if isinstance(result, Failure) else result)
     finally:
         torch.set_num_threads(before)
     if len(times) > 1:
@@ -71,3 +72,13 @@ def preview(settings: Settings, batches: int = 4) -> dict[str, Any]:
         facts["rows_per_second"] = round(one * facts["workers"], 2)
         facts["seconds"] = round(total / (one * facts["workers"]), 1)
     return facts
+
+
+def _tried(work: "Work", units: Sequence[Unit]) -> Iterator[list[tuple[Row, "Item", Any]]]:
+    """Batches of results, for as long as someone asks."""
+    for unit in units:
+        try:
+            with rows(unit, work.settings.source, work.images, work.texts) as some:
+                yield from work.batches(unit, some)
+        except ShardError:
+            continue  # the run lists it

@@ -2,8 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,13 +71,14 @@ def run(
         tally = Tally(units, before)
         if done:
             say(f"{len(done):,} of {counted(len(units), 'part')} done, {counted(tally.rows, 'row')}: going on")
-        work = _here if settings.workers == 0 else _on_ray
         try:
-            for report in work(settings, left, say) if left else ():
-                if "failed" in report:
-                    raise cluster.StoppedError(f"{report['failed']}. The same command goes on")
-                tally.add(report)
-                watch(tally.progress())
+            if left:
+                with closing((_here if settings.workers == 0 else _on_ray)(settings, left, say)) as going:
+                    for report in going:
+                        if "failed" in report:
+                            raise cluster.StoppedError(f"{report['failed']}. The same command goes on")
+                        tally.add(report)
+                        watch(tally.progress())
         finally:
             finished = out.done()
             reports = out.reports([unit for unit in units if unit.name in finished])
@@ -201,14 +202,14 @@ def _alone(out: Destination) -> Iterator[None]:
 # ---------------------------------------------------------------- where
 
 
-def _here(settings: Settings, units: Sequence[Unit], say: Say) -> Iterator[dict[str, Any]]:
+def _here(settings: Settings, units: Sequence[Unit], say: Say) -> Generator[dict[str, Any]]:
     """One unit after another in this process."""
     worker = Worker(settings, settings.device)
     for unit in units:
         yield worker.report(unit)
 
 
-def _on_ray(settings: Settings, units: Sequence[Unit], say: Say) -> Iterator[dict[str, Any]]:
+def _on_ray(settings: Settings, units: Sequence[Unit], say: Say) -> Generator[dict[str, Any]]:
     """Units on a pool of actors, reports as they come."""
     if settings.device not in ("auto", "cpu", "cuda"):
         raise BulkError(

@@ -189,5 +189,5 @@ def _walk(folder: str) -> list[str]:
     found = []
     for root, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [f"{root}/{name}" for name in files]
+        found += [f"{Path(root).as_posix()}/{name}" for name in files]
     return found

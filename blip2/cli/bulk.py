@@ -57,8 +57,9 @@ def read_settings(args: argparse.Namespace, console: Console) -> Settings:
         for name in names:
             if task != args.task and getattr(args, name) not in (None, False):
                 raise UsageError(f"--{name.replace('_', '-')} is of `bulk {task}`, not of `bulk {args.task}`")
+    args.model = _model_name(args, console)
     model = Model(
-        _model_name(args, console),
+        args.model,
         args.precision,
         args.quantize_vision,
         args.adapter,
