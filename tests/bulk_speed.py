@@ -25,7 +25,7 @@ def bare(number: int, args: argparse.Namespace, together: Any, results: Any) -> 
     """A process of the loop: every batch whose number is its own modulo the processes."""
     import torch
 
-    from blip2 import Generation, load, open_image
+    from blip2 import load, open_image
     from blip2.generation import generate
     from blip2.presets import PRESETS
 
@@ -67,7 +67,12 @@ def bulk(args: argparse.Namespace) -> dict[str, float]:
     """What the command says of itself."""
     out = Path(tempfile.mkdtemp())
     command = [sys.executable, "-m", "blip2", "bulk", "caption", str(args.pictures)]
-    flags = {"out": out / "x.jsonl", "model": args.model, "method": args.method, "batch-size": args.batch_size}
+    flags = {
+        "out": out / "x.jsonl",
+        "model": args.model,
+        "method": args.method,
+        "batch-size": args.batch_size,
+    }
     flags |= {"workers": args.workers}
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     try:
@@ -81,7 +86,9 @@ def bulk(args: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     """Take turns, and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--scenes", type=int, default=5000)
     parser.add_argument("--pictures", type=Path, help="folder of the drawn scenes (a temporary one)")
     parser.add_argument("--repeats", type=int, default=3)

@@ -110,7 +110,11 @@ def shards(tmp_path):
     folder = tmp_path / "shards"
     for shard in range(2):
         samples = {
-            f"{seed:09d}": {"png": png(seed), "txt": b"alt text", "json": json.dumps({"url": f"u{seed}"}).encode()}
+            f"{seed:09d}": {
+                "png": png(seed),
+                "txt": b"alt text",
+                "json": json.dumps({"url": f"u{seed}"}).encode(),
+            }
             for seed in range(4 * shard, 4 * shard + 4)
         }
         samples["000000001"] = samples.get("000000001", {}) | {"json": b"{"} if shard == 0 else {"txt": b"x"}
@@ -210,7 +214,7 @@ def test_tar_shards_are_units(shards):
     assert found.total is None and about(found) == (9, True)
     assert [unit.name for unit in cut(found, 2)] == ["x/00000", "x/00001", "x/00002"]
     with rows(cut(found, 2)[0], source) as some:
-        assert [(row.key, row.sample_key) for row in some][0] == ("x/00000/000000000", "000000000")
+        assert (some[0].key, some[0].sample_key) == ("x/00000/000000000", "000000000")
         sample = some[0].read()
     assert (sample.image, sample.texts, sample.metadata) == (png(0), ("alt text",), {"url": "u0"})
 
@@ -300,7 +304,10 @@ def test_a_data_set_of_hugging_face(monkeypatch, tmp_path):
 
     ImageFeature.__name__ = "Image"
     data = Stored(
-        {"id": [f"id{seed}" for seed in range(6)], "image": [{"bytes": png(seed), "path": None} for seed in range(6)]}
+        {
+            "id": [f"id{seed}" for seed in range(6)],
+            "image": [{"bytes": png(seed), "path": None} for seed in range(6)],
+        }
     )
     asked = []
 
@@ -354,7 +361,9 @@ def test_captions_are_those_of_a_folder(pictures, tmp_path, models):
 
     summary = run.run(settings(pictures, tmp_path / "all.jsonl"))
     assert (summary["rows"], summary["failed"], summary["this_call"]["rows"]) == (9, 1, 10)
-    assert [(one["image"], one["captions"]) for one in lines(tmp_path / "all.jsonl")] == list(expected.items())
+    assert [(one["image"], one["captions"]) for one in lines(tmp_path / "all.jsonl")] == list(
+        expected.items()
+    )
     [error] = lines(tmp_path / "all.jsonl.bulk" / "errors.jsonl")
     assert error["image"] == "4.png" and "damaged" in error["reason"]
     assert {path.name for path in (tmp_path / "all.jsonl.bulk").iterdir()} == {
@@ -387,8 +396,12 @@ def test_captions_are_those_of_a_folder(pictures, tmp_path, models):
 
 def test_several_prompts_captions_questions_and_scores(pictures, tmp_path, models):
     generation = GREEDY.with_(method="beam", num_beams=3, num_captions=2)
-    wanted = Captioning(generation, prompts=("a photo of", "the dog"), keep_prompt=True, questions=("how many?",))
-    made = settings(pictures, tmp_path / "x.parquet", "parquet", captioning=wanted, prompted=True, scorer="retrieval")
+    wanted = Captioning(
+        generation, prompts=("a photo of", "the dog"), keep_prompt=True, questions=("how many?",)
+    )
+    made = settings(
+        pictures, tmp_path / "x.parquet", "parquet", captioning=wanted, prompted=True, scorer="retrieval"
+    )
     run.run(made)
     found = parquet.read_table(tmp_path / "x.parquet").to_pylist()
     alone = {}
@@ -656,7 +669,9 @@ def test_figures_leave_out_the_start_and_first_batches(monkeypatch):
         ("a", 3, [(108.0, 10), (110.0, 20)]),
     ):
         ready = 104.0 if actor == "a" else 109.0
-        tally.add({"unit": str(unit), "rows": 30, "errors": [], "actor": actor, "ready": ready, "batches": ends})
+        tally.add(
+            {"unit": str(unit), "rows": 30, "errors": [], "actor": actor, "ready": ready, "batches": ends}
+        )
     figures = tally.figures(begun=100.0)
     assert figures["rows"] == 90 and figures["workers"] == 2 and figures["start_seconds"] == 9.0
     assert figures["rows_per_second"] == 50 / 5 + 20 / 2 and figures["seconds_for_a_million"] == 50_000
@@ -672,7 +687,8 @@ def test_figures_leave_out_the_start_and_first_batches(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(3.14, "3.1 s"), (60, "60 s"), (600, "10 min"), (7200, "2.0 h"), (864_000, "10.0 days")]
+    ("seconds", "text"),
+    [(3.14, "3.1 s"), (60, "60 s"), (600, "10 min"), (7200, "2.0 h"), (864_000, "10.0 days")],
 )
 def test_durations(seconds, text):
     assert command.duration(seconds) == text
@@ -682,7 +698,9 @@ def test_a_plan_writes_nothing(pictures, tmp_path):
     facts = preview(settings(pictures, tmp_path / "out.jsonl"))
     assert (facts["rows"], facts["exact"], facts["parts"]) == (10, True, 3)
     assert len(facts["first"]) == 5 and "damaged" in facts["first"][4]["reason"]
-    assert facts["rows_per_second"] > 0 and facts["seconds"] == pytest.approx(10 / facts["rows_per_second"], abs=0.1)
+    assert facts["rows_per_second"] > 0 and facts["seconds"] == pytest.approx(
+        10 / facts["rows_per_second"], abs=0.1
+    )
     assert not list(tmp_path.glob("out*"))
 
 
@@ -711,10 +729,14 @@ def test_the_command(bulk, pictures, tmp_path):
     assert code == 0 and said.startswith(f"9 rows in {tmp_path / 'x.parquet'}; 10 now")
     assert "10 pictures, in 1 part" in noted and "1 row could not be used" in noted
     assert len(parquet.read_table(tmp_path / "x.parquet")) == 9
-    code, said, _ = bulk("embed", pictures, "--out", tmp_path / "e", "--model", "retrieval", "--workers", 0, "--json")
+    code, said, _ = bulk(
+        "embed", pictures, "--out", tmp_path / "e", "--model", "retrieval", "--workers", 0, "--json"
+    )
     assert code == 0 and json.loads(said)["rows"] == 9 and (tmp_path / "e" / "00000.parquet").exists()
     code, said, _ = bulk("caption", pictures, "--out", tmp_path / "y", *flags, "--plan", "--start-with", "a")
-    assert code == 0 and "10 rows: 10 pictures" in said and "0.png: a " in said and not (tmp_path / "y").exists()
+    assert (
+        code == 0 and "10 rows: 10 pictures" in said and "0.png: a " in said and not (tmp_path / "y").exists()
+    )
     code, _, noted = bulk("caption", pictures, "--out", tmp_path / "x.parquet", *flags, "--prompt", "a")
     assert code == 1 and "made with other settings" in noted and "captioning.prompts" in noted
 

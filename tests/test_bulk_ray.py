@@ -33,7 +33,11 @@ def whole(pictures, tmp_path_factory):
     """An uninterrupted run, without Ray."""
     out = tmp_path_factory.mktemp("whole") / "captions.jsonl"
     wanted = Captioning(Generation.caption())
-    run(Settings("caption", Source(str(pictures[0])), str(out), "jsonl", Model("scenes-opt"), wanted, workers=0))
+    run(
+        Settings(
+            "caption", Source(str(pictures[0])), str(out), "jsonl", Model("scenes-opt"), wanted, workers=0
+        )
+    )
     return out
 
 

@@ -210,8 +210,6 @@ class Destination:
         """Whether the results of a finished run are still there."""
         if self.single:
             return bool(self.around.fs.exists(self.around.path(self.name)))
-        if self.beside:
-            return True
         there = set(self.home.names(ENDINGS[self.settings.to]))
         return all(self.part(unit) in there for unit in _with_rows(units, self.reports(units)))
 

@@ -85,5 +85,5 @@ def _of_tar(path: Path, entry: Entry) -> Sample:
 def lines(root: str, name: str) -> tuple[tuple[int, str], ...]:
     """The lines of a text file that are not blank, with their numbers from 1."""
     store = Store(root)
-    text = store.fs.catread_file(store.path(name)).decode("utf-8-sig", errors="replace")
+    text = store.fs.cat_file(store.path(name)).decode("utf-8-sig", errors="replace")
     return tuple((number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip())

@@ -62,15 +62,20 @@ def run(
     begun = time.time()
     settings = anywhere(settings)
     out = Destination(settings)
-    units = _claim(settings, out, say)
+    units, summary = _claim(settings, out, say)
     with _alone(out):
-        out.tidy(())
+        out.tidy(units if summary else ())
+        if summary:
+            say("nothing is left to do; for what has come to the source since, choose another --out")
+            return dict(summary) | {"this_call": Tally(units).figures(begun)}
         done = out.done()
         before = out.reports([unit for unit in units if unit.name in done])
         left = [unit for unit in units if unit.name not in done]
         tally = Tally(units, before)
         if done:
-            say(f"{len(done):,} of {counted(len(units), 'part')} done, {counted(tally.rows, 'row')}: going on")
+            say(
+                f"{len(done):,} of {counted(len(units), 'part')} done, {counted(tally.rows, 'row')}: going on"
+            )
         try:
             if left:
                 with closing((_here if settings.workers == 0 else _on_ray)(settings, left, say)) as going:
@@ -134,8 +139,8 @@ def look(settings: Settings, out: Destination) -> Found:
     return found.only(left)
 
 
-def _claim(settings: Settings, out: Destination, say: Say) -> list[Unit]:
-    """Make the destination this run's, or check that it is; returns its units.
+def _claim(settings: Settings, out: Destination, say: Say) -> tuple[list[Unit], Mapping[str, Any] | None]:
+    """Make the destination this run's, or check that it is; its units, and the summary if it is finished.
 
     Raises:
         BulkError: it is another run's.
@@ -150,15 +155,17 @@ def _claim(settings: Settings, out: Destination, say: Say) -> list[Unit]:
                 "go on with those"
             )
         units = out.plan()
-        if "summary" not in note or (not out.beside and out.is_complete(units)):
-            return units
+        if "summary" not in note:
+            return units, None
+        if not out.beside and out.is_complete(units):
+            return units, note["summary"]
         out.forget()  # of texts beside pictures what is missing is done; of others, what was removed
     found = look(settings, out)
     units = cut(found, settings.batch_size, settings.per_file)
     say(f"{found.described()}, in {counted(len(units), 'part')}")
     out.write_plan(units)
     out.write_note()
-    return units
+    return units, None
 
 
 def _as_json(value: Any) -> Any:
