@@ -40,7 +40,7 @@ from blip2.pictures import Captioning
 from blip2.processing import Processor
 
 ROOT = Path(__file__).resolve().parent.parent
-GREEDY = Generation(max_new_tokens=6, min_new_tokens=3)
+GREEDY = Generation(max_new_tokens=8, min_new_tokens=6, repetition_penalty=3.0)
 TEXTS = ("a red circle", "two dogs on the left")
 
 
@@ -580,7 +580,7 @@ def test_texts_beside_pictures_are_left_alone_and_new_pictures_get_theirs(pictur
 def test_a_destination_belongs_to_its_settings(pictures, tmp_path, models):
     run.run(settings(pictures, tmp_path / "out.jsonl"))
     other = Captioning(GREEDY.with_(max_new_tokens=7))
-    with pytest.raises(BulkError, match=r"captioning.generation.max_new_tokens 6, now 7"):
+    with pytest.raises(BulkError, match=r"captioning.generation.max_new_tokens 8, now 7"):
         run.run(settings(pictures, tmp_path / "out.jsonl", captioning=other))
     with pytest.raises(BulkError, match="force False, now True"):
         run.run(settings(pictures, tmp_path / "out.jsonl", force=True))
