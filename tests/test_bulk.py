@@ -8,7 +8,6 @@ import io
 import json
 import subprocess
 import sys
-import tarfile
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ import tiny
 import torch
 from PIL import Image
 from pyarrow import parquet
+from tarring import read_tar, write_tar
 
 from blip2.bulk import cluster, results, run, tasks
 from blip2.bulk import work as working
@@ -83,25 +83,6 @@ def pictures(tmp_path):
     (folder / ".hidden" / "no.png").write_bytes(png(99))
     (folder / "notes.md").write_text("no picture")
     return folder
-
-
-def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for key, files in samples.items():
-            for extension, content in files.items():
-                member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-
-
-def read_tar(path: Path) -> dict[str, dict[str, bytes]]:
-    found: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, _, extension = member.name.partition(".")
-            found.setdefault(key, {})[extension] = tar.extractfile(member).read()
-    return found
 
 
 @pytest.fixture
