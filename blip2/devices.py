@@ -5,14 +5,14 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import psutil
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 CUDA_13_DRIVER = 580  # the first driver series that runs CUDA 13 builds; CUDA 12.6 builds run from 525 on
 
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -30,6 +32,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     )
+
+
+def in_halves(work: Callable[[Sequence[Item]], list[Result]], batch: Sequence[Item]) -> list[Result]:
+    """What `work` makes of a batch, a result an item; in halves, as often as memory does not suffice."""
+    if not batch:
+        return []
+    try:
+        return work(batch)
+    except (MemoryError, RuntimeError) as error:
+        if len(batch) == 1 or not is_out_of_memory(error):
+            raise
+    half = len(batch) // 2  # outside of the handler, which holds what the error held
+    return in_halves(work, batch[:half]) + in_halves(work, batch[half:])
 
 
 def choose_device(device: "str | torch.device" = "auto") -> "torch.device":

@@ -12,13 +12,14 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from blip2.checkpoint import Loaded
-from blip2.devices import is_out_of_memory
+from blip2.devices import in_halves
 from blip2.generation import StopSignal, describe, generate, num_descriptions
 from blip2.images import ImageError
 from blip2.model import Blip2
@@ -67,7 +68,7 @@ def caption_pictures(
     names = list(pictures)
     batches = [names[start : start + wanted.batch_size] for start in range(0, len(names), wanted.batch_size)]
 
-    def read(batch: Sequence[str]) -> list[_Picture]:
+    def read(batch: Sequence[str]) -> list[Picture]:
         return [_read(image, pictures[image], loaded, scorer) for image in batch]
 
     with ThreadPoolExecutor(1) as pool:
@@ -75,20 +76,25 @@ def caption_pictures(
         for index in range(len(batches)):
             batch = ahead.pop().result()
             ahead = [pool.submit(read, following) for following in batches[index + 1 : index + 2]]
-            usable = [one for one in batch if not one.reason]
-            done = iter(_caption(loaded, usable, wanted, scorer, stop))
+            results = caption_batch(loaded, batch, wanted, scorer, stop)
             if stop.is_set():
                 return  # the batch's texts may be cut short
-            for one in batch:
-                result = Failure(one.image, one.reason) if one.reason else next(done)
+            for result in results:
                 if isinstance(result, Entry) and out is not None:
                     out.write(result)
                 yield result
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """A picture as the models take it, float (1, 3, S, S) each, or why it cannot be used."""
+class Picture:
+    """A picture as the models take it, or why it cannot be used.
+
+    Attributes:
+        image: what it goes by.
+        pixel_values: float (1, 3, S, S), as the captioning model takes it.
+        scored: likewise as the scoring model does.
+        reason: why it cannot be used; "" for a sound one.
+    """
 
     image: str
     pixel_values: Tensor | None = None
@@ -96,55 +102,63 @@ class _Picture:
     reason: str = ""
 
 
-def _read(image: str, path: Path, loaded: Loaded, scorer: Loaded | None) -> _Picture:
+def _read(image: str, path: Path, loaded: Loaded, scorer: Loaded | None) -> Picture:
     try:
         opened = open_picture(image, path)
     except ImageError as error:
-        return _Picture(image, reason=str(error))
+        return Picture(image, reason=str(error))
     scored = None if scorer is None else scorer.processor.images(opened)
-    return _Picture(image, loaded.processor.images(opened), scored)
+    return Picture(image, loaded.processor.images(opened), scored)
+
+
+def caption_batch(
+    loaded: Loaded,
+    batch: Sequence[Picture],
+    wanted: Captioning,
+    scorer: Loaded | None = None,
+    stop: StopSignal | None = None,
+) -> list[Entry | Failure]:
+    """Caption pictures at once, as `caption_pictures` does; in order, each with its failure."""
+    usable = [one for one in batch if not one.reason]
+    caption = partial(_caption, loaded, wanted, scorer, stop or threading.Event())
+    done = iter(in_halves(caption, usable))
+    return [Failure(one.image, one.reason) if one.reason else next(done) for one in batch]
 
 
 @torch.no_grad()
 def _caption(
-    loaded: Loaded, batch: list[_Picture], wanted: Captioning, scorer: Loaded | None, stop: StopSignal
+    loaded: Loaded, wanted: Captioning, scorer: Loaded | None, stop: StopSignal, batch: Sequence[Picture]
 ) -> list[Entry | Failure]:
-    """Caption the pictures of a batch; in two halves where memory does not suffice."""
-    if not batch:
-        return []
-    try:
-        features = _encode(loaded, [one.pixel_values for one in batch])
-        reasons = [_unknown(loaded, features[row]) for row in range(len(batch))]
-        rows = [row for row, reason in enumerate(reasons) if wanted.force or not reason]
-        captioned = _entries(loaded, [batch[row] for row in rows], features[rows], wanted, scorer, stop)
-        entries = dict(zip(rows, captioned, strict=True))
-    except (MemoryError, RuntimeError) as error:
-        if len(batch) == 1 or not is_out_of_memory(error):
-            raise
-        half = len(batch) // 2
-        first = _caption(loaded, batch[:half], wanted, scorer, stop)
-        return first + _caption(loaded, batch[half:], wanted, scorer, stop)
+    features = encode_pictures(loaded, [one.pixel_values for one in batch])
+    reasons = unknown_pictures(loaded, features)
+    rows = [row for row, reason in enumerate(reasons) if wanted.force or not reason]
+    captioned = _entries(loaded, [batch[row] for row in rows], features[rows], wanted, scorer, stop)
+    entries = dict(zip(rows, captioned, strict=True))
     return [
         entries.get(row) or Failure(one.image, reasons[row], unknown=True) for row, one in enumerate(batch)
     ]
 
 
-def _unknown(loaded: Loaded, image: ImageFeatures) -> str:
+def unknown_pictures(loaded: Loaded, image: ImageFeatures) -> list[str]:
+    """For each of B pictures why the model should not speak of it: "" for those of a kind that it knows."""
     try:
         loaded.check_known(image)
     except UnknownPictureError as error:
-        return str(error)
-    return ""
+        if len(image) == 1:
+            return [str(error)]
+        return [unknown_pictures(loaded, image[row])[0] for row in range(len(image))]
+    return [""] * len(image)
 
 
-def _encode(loaded: Loaded, pixel_values: Iterable[Tensor | None]) -> ImageFeatures:
+def encode_pictures(loaded: Loaded, pixel_values: Iterable[Tensor | None]) -> ImageFeatures:
+    """pixel_values: float (1, 3, S, S) each, or None, which is left out -> features of all of them."""
     stacked = torch.cat([one for one in pixel_values if one is not None])
     return loaded.model.encode_image(stacked.to(loaded.device))
 
 
 def _entries(
     loaded: Loaded,
-    batch: list[_Picture],
+    batch: list[Picture],
     features: ImageFeatures,
     wanted: Captioning,
     scorer: Loaded | None,
@@ -154,9 +168,12 @@ def _entries(
     assert isinstance(model, Blip2)
     if not batch:
         return []
-    prompt = processor.prompt(wanted.prompt, "caption")
-    said = generate(model, processor, features, prompt, wanted.generation, stop)
-    captions = list(map(wanted.worded, said))
+    captions: list[list[str]] = [[] for _ in batch]
+    for text in wanted.prompts or (wanted.prompt,):
+        prompt = processor.prompt(text, "caption")
+        said = generate(model, processor, features, prompt, wanted.generation, stop)
+        for own, texts in zip(captions, said, strict=True):
+            own += wanted.worded(texts, text)
     answers: list[dict[str, str]] = [{} for _ in batch]
     if wanted.questions:
         style = wanted.style or processor.question_style
@@ -174,9 +191,10 @@ def _entries(
     match: list[tuple[float, ...]] = [()] * len(batch)
     if scorer is not None:
         assert isinstance(scorer.model, Blip2Representation)
-        seen = _encode(scorer, [one.scored for one in batch])
+        seen = encode_pictures(scorer, [one.scored for one in batch])
+        unknown = unknown_pictures(scorer, seen)
         for row, texts in enumerate(captions):
-            if _unknown(scorer, seen[row]) and not wanted.force:
+            if unknown[row] and not wanted.force:
                 continue  # a score that means nothing is worse than none
             tokens = scorer.processor.text(texts)
             ids, mask = (tokens[name].to(scorer.device) for name in ("input_ids", "attention_mask"))

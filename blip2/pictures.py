@@ -38,6 +38,7 @@ class Captioning:
     Attributes:
         generation: settings of the captions.
         prompt: what captions go on from.
+        prompts: several such instead; a picture gets the captions of each, one prompt after the other.
         keep_prompt: whether they begin with it.
         prefix: put before every caption as it is.
         suffix: put after it.
@@ -50,6 +51,7 @@ class Captioning:
 
     generation: Generation = field(default_factory=Generation.caption)
     prompt: str = ""
+    prompts: tuple[str, ...] = ()
     keep_prompt: bool = False
     prefix: str = ""
     suffix: str = ""
@@ -64,10 +66,16 @@ class Captioning:
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be 1 or more")
 
-    def worded(self, texts: Iterable[str]) -> list[str]:
-        """Captions from what a model said after the prompt."""
-        begun = f"{self.prompt} " if self.keep_prompt and self.prompt else ""
+    def worded(self, texts: Iterable[str], prompt: str | None = None) -> list[str]:
+        """Captions from what a model said after a prompt, by default the one."""
+        prompt = self.prompt if prompt is None else prompt
+        begun = f"{prompt} " if self.keep_prompt and prompt else ""
         return [f"{self.prefix}{begun}{text}{self.suffix}" for text in texts]
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 picture`, `2,000 pictures`."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def find_pictures(folder: str | Path, recursive: bool = False) -> list[str]:

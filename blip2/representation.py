@@ -336,6 +336,22 @@ class Blip2Representation(Blip2Base):
         return torch.stack(rows)
 
     @torch.no_grad()
+    def match_pairs(
+        self, image: ImageFeatures, rows: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> Tensor:
+        """ITM logits of N texts, each with one image, float (N, 2); class 1 is a match.
+
+        Args:
+            image: of `encode_image`; the keys and values of each are projected once.
+            rows: int (N,), which image each text goes with.
+            input_ids: int (N, T), [CLS] first.
+            attention_mask: int (N, T).
+        """
+        key_values = self.qformer.project_image(expect_features(image).image_embeds)
+        parts = zip(*(part.split(MATCH_BATCH) for part in (rows, input_ids, attention_mask)), strict=True)
+        return torch.cat([self._match(select(key_values, own), ids, mask) for own, ids, mask in parts])
+
+    @torch.no_grad()
     def score(
         self, image: ImageFeatures, input_ids: Tensor, attention_mask: Tensor, head: str = "itm"
     ) -> Tensor:

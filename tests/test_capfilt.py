@@ -10,10 +10,6 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
-import tarfile
-import time
 from pathlib import Path
 
 import fsspec
@@ -24,7 +20,10 @@ import tiny
 import torch
 import transformers
 from PIL import Image
+from raying import kill, start, wait_for
+from tarring import read_tar, write_tar
 
+from blip2.bulk.cluster import Pool
 from train.capfilt import filter as filtering
 from train.capfilt import models, run
 from train.capfilt.filter import Filter, Settings, best, candidates, marker, summarize
@@ -47,16 +46,6 @@ def png(seed: int) -> bytes:
     return file.getvalue()
 
 
-def write(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for key, files in samples.items():
-            for extension, content in files.items():
-                member = tarfile.TarInfo(f"{key}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-
-
 def scene(seed: int, alt: str | None = None) -> dict[str, bytes]:
     files = {"png": png(seed), "json": json.dumps({"url": f"http://{seed}"}).encode()}
     return files if alt is None else files | {"txt": alt.encode()}
@@ -67,21 +56,12 @@ def web(folder: Path, shards: int = 2, samples: int = 8) -> Path:
     for shard in range(shards):
         seeds = range(shard * samples, (shard + 1) * samples)
         rows = {f"{seed:09d}": scene(seed, caption(seed + 1000 * (seed % 2))) for seed in seeds}
-        write(folder / f"{shard:05d}.tar", rows)
+        write_tar(folder / f"{shard:05d}.tar", rows)
     return folder
 
 
-def read(path: Path) -> dict[str, dict[str, bytes]]:
-    found: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, _, extension = member.name.rpartition(".")
-            found.setdefault(key, {})[extension] = tar.extractfile(member).read()
-    return found
-
-
 def records(path: Path) -> dict[str, dict]:
-    return {key: json.loads(files["json"]) for key, files in read(path).items()}
+    return {key: json.loads(files["json"]) for key, files in read_tar(path).items()}
 
 
 def settings(source, output, **changes) -> Settings:
@@ -271,7 +251,7 @@ def test_wrong_alt_text_loses_and_the_right_one_stays(tmp_path, scorer, monkeypa
 
 def test_output_holds_images_captions_and_provenance(uninterrupted):
     folder, summary = uninterrupted
-    before, after = read(folder / "in" / "00001.tar"), read(folder / "out" / "00001.tar")
+    before, after = read_tar(folder / "in" / "00001.tar"), read_tar(folder / "out" / "00001.tar")
     assert list(before) == list(after)
     for key, files in after.items():
         assert set(files) == {"png", "json"} and files["png"] == before[key]["png"]
@@ -328,7 +308,7 @@ def test_what_cannot_be_used_is_counted_by_kind(tmp_path, loaded):
         "json": {**scene(2), "json": b"{"},
     }
     sound = {"bare": scene(3), "list": {**scene(4), "json": json.dumps({"caption": "a red star"}).encode()}}
-    write(tmp_path / "in" / "part" / "00000.tar", {**broken, **sound})
+    write_tar(tmp_path / "in" / "part" / "00000.tar", {**broken, **sound})
     run.run(settings(tmp_path / "in", tmp_path / "out"))
     report = json.loads((tmp_path / "out" / marker("part/00000.tar")).read_text())
     assert report["dropped"] == {
@@ -351,9 +331,9 @@ def _strip() -> bytes:
 def test_a_sample_does_not_depend_on_its_neighbors(loaded, tmp_path):
     """Neither on what is dropped before it nor on the size of the batch."""
     rows = {str(seed): scene(seed, caption(seed)) for seed in range(6)}
-    write(tmp_path / "in" / "00000.tar", rows)
+    write_tar(tmp_path / "in" / "00000.tar", rows)
     run.run(settings(tmp_path / "in", tmp_path / "out"))
-    write(tmp_path / "less" / "00000.tar", {**rows, "0": {"png": b"lost"}})
+    write_tar(tmp_path / "less" / "00000.tar", {**rows, "0": {"png": b"lost"}})
     run.run(settings(tmp_path / "less", tmp_path / "out2", batch_size=5))
     whole, less = (records(tmp_path / name / "00000.tar") for name in ("out", "out2"))
     assert [less[key]["captions"] for key in "12345"] == [whole[key]["captions"] for key in "12345"]
@@ -363,7 +343,7 @@ def test_a_sample_does_not_depend_on_its_neighbors(loaded, tmp_path):
 def test_workers_decode_the_same(uninterrupted, loaded, tmp_path):
     folder, _ = uninterrupted
     run.run(settings(folder / "in", tmp_path / "out", workers=1))
-    assert read(tmp_path / "out" / "00000.tar") == read(folder / "out" / "00000.tar")
+    assert read_tar(tmp_path / "out" / "00000.tar") == read_tar(folder / "out" / "00000.tar")
 
 
 def test_remote_places(uninterrupted, loaded):
@@ -432,7 +412,7 @@ def test_unreadable_shards_are_named_and_done_later(uninterrupted, loaded, tmp_p
     source = web(tmp_path / "in")
     whole = (source / "00000.tar").read_bytes()
     (source / "00000.tar").write_bytes(whole[: len(whole) // 2])
-    write(source / "00002.tar", {"a": {"jpg": b"nothing"}})
+    write_tar(source / "00002.tar", {"a": {"jpg": b"nothing"}})
     wanted = settings(source, tmp_path / "out")
     summary = run.run(wanted)
     assert sorted(summary["unreadable"]) == ["00000.tar", "00002.tar"] and summary["images"] == 8
@@ -442,7 +422,7 @@ def test_unreadable_shards_are_named_and_done_later(uninterrupted, loaded, tmp_p
     (source / "00000.tar").write_bytes(whole)
     (source / "00002.tar").unlink()
     assert run.main(arguments(wanted)) == 0
-    assert read(tmp_path / "out" / "00000.tar") == read(folder / "out" / "00000.tar")
+    assert read_tar(tmp_path / "out" / "00000.tar") == read_tar(folder / "out" / "00000.tar")
 
 
 def arguments(wanted: Settings, **changes) -> list[str]:
@@ -531,10 +511,10 @@ def test_captions_must_fit_the_model(captioner):
 
 def test_room_on_machines():
     wanted = settings("a", "b", actors=None, workers=2)
-    assert run._pool(wanted, [{"CPU": 64, "GPU": 8}, {"CPU": 6, "GPU": 8}]) == (1.0, 2, 11)
-    assert run._pool(wanted, [{"CPU": 5}, {"CPU": 2}]) == (0.0, 2, 3)
+    assert run._pool(wanted, [{"CPU": 64, "GPU": 8}, {"CPU": 6, "GPU": 8}]) == Pool(11, 1.0, 2)
+    assert run._pool(wanted, [{"CPU": 5}, {"CPU": 2}]) == Pool(3, 0.0, 2)
     half = settings("a", "b", actors=4, workers=0, num_gpus_per_actor=0.5)
-    assert run._pool(half, [{"CPU": 64, "GPU": 2}]) == (0.5, 1, 4)
+    assert run._pool(half, [{"CPU": 64, "GPU": 2}]) == Pool(4, 0.5, 1)
     with pytest.raises(CapFiltError, match="room for 0 actors of 1 GPUs"):
         run._pool(settings("a", "b", actors=1, num_gpus_per_actor=1), [{"CPU": 8}])
     with pytest.raises(CapFiltError, match=r"room for 1 actors.* 2 are wanted"):
@@ -648,22 +628,6 @@ def test_coco_checkpoints_get_their_prompt():
 # ---------------------------------------------------------------- Ray
 
 
-def start(wanted: Settings, log: Path) -> subprocess.Popen:
-    """The command, in a process of its own, on two cores."""
-    command = [sys.executable, "-m", "train.capfilt", *arguments(wanted)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
-    with log.open("w") as file:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
-
-
-def wait_for(condition, process: subprocess.Popen, log: Path, seconds: float = 240):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end and process.poll() is None, log.read_text()
-        time.sleep(0.05)
-    return found
-
-
 @pytest.mark.long
 def test_ray_survives_kills(tmp_path):
     """The driver is killed between shards, then an actor of the run that goes on; nothing differs."""
@@ -672,19 +636,14 @@ def test_ray_survives_kills(tmp_path):
     wanted, out = settings(source, tmp_path / "out", workers=1, actors=1), tmp_path / "out"
 
     log = tmp_path / "first.log"
-    first = start(wanted, log)
+    first = start(["train.capfilt", *arguments(wanted)], log)
     wait_for(lambda: len(list(out.glob("*.capfilt.json"))) >= 2, first, log)
-    family = psutil.Process(first.pid).children(recursive=True)
-    family = [child for child in family if "Agent" not in child.name()]  # Ray's own, which look now and then
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert alive == [], "working on with nobody to report to"
+    kill(first, alone=True)
     done = len(list(out.glob("*.capfilt.json")))
     assert 2 <= done < 5
 
     log = tmp_path / "second.log"
-    second = start(wanted, log)
+    second = start(["train.capfilt", *arguments(wanted)], log)
 
     def actor():
         children = psutil.Process(second.pid).children(recursive=True)

@@ -3,6 +3,7 @@
 import argparse
 
 from blip2 import __version__
+from blip2.cli.bulk_arguments import add_bulk
 from blip2.cli.serving import add_options
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8", "nf4")
@@ -51,6 +52,12 @@ def build_parser() -> argparse.ArgumentParser:
     caption.add_argument("--num-captions", type=int, metavar="N", help="captions a picture (default 1)")
     _add_folder(caption)
     _add_model(caption)
+
+    bulk = command("bulk", "bulk", "caption, embed or score many pictures, on this machine or on many")
+    add_bulk(bulk)
+    _add_decoding(bulk, "captions: beam, up to 30 tokens; seed 42")
+    bulk.add_argument("--num-captions", type=int, metavar="N", help="captions a prompt and picture (1)")
+    _add_model(bulk, spread=False)
 
     ask = command("ask", "answers", "answer a question about a picture")
     ask.add_argument("image", metavar="IMAGE", help="a file or an http(s) URL")
@@ -252,14 +259,14 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _add_model(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
+def _add_model(parser: argparse.ArgumentParser, adapter: bool = True, spread: bool = True) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--model", "-m", metavar="MODEL", help="a name, a folder, or a Hub id")
     if adapter:
         group.add_argument(
             "--adapter", metavar="FOLDER", help="a LoRA adapter; without --model, its own model is taken"
         )
-    _add_machine(group)
+    _add_machine(group, spread)
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
@@ -275,7 +282,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     _add_machine(group)
 
 
-def _add_machine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+def _add_machine(parser: argparse.ArgumentParser | argparse._ArgumentGroup, spread: bool = True) -> None:
     parser.add_argument(
         "--encoder",
         metavar="MODULE:FUNCTION",
@@ -290,14 +297,18 @@ def _add_machine(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> N
     )
     parser.add_argument("--quantize-vision", action="store_true", help="int8, nf4: the image encoder too")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1 or mps")
-    parser.add_argument(
-        "--max-memory",
-        metavar="SIZES",
-        help="weights that each device may hold, such as cpu=8GB,cuda:0=20GB; the model is spread over them",
-    )
-    parser.add_argument(
-        "--offload-folder", metavar="FOLDER", help="keep on the disk, here, what --max-memory does not allow"
-    )
+    if spread:
+        parser.add_argument(
+            "--max-memory",
+            metavar="SIZES",
+            help="weights that each device may hold, such as cpu=8GB,cuda:0=20GB; the model is spread over "
+            "them",
+        )
+        parser.add_argument(
+            "--offload-folder",
+            metavar="FOLDER",
+            help="keep on the disk, here, what --max-memory does not allow",
+        )
     parser.add_argument(
         "--no-memory-check", action="store_true", help="load a model that may not fit into the free memory"
     )

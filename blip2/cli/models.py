@@ -1,7 +1,6 @@
 """Which model a command uses, and how it decodes."""
 
 import argparse
-import secrets
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from PIL import Image
 from blip2.adapters import base_of, is_adapter, read_adapter
 from blip2.checkpoint import CheckpointError, Loaded, is_available, load, locate
 from blip2.cli.console import Console, UsageError
+from blip2.cli.decoding import generation as generation
 from blip2.devices import device_advice
 from blip2.generation import Generation, describe, num_descriptions
 from blip2.model import Blip2
@@ -24,20 +24,6 @@ Kind = Literal["generate", "match"]
 DEFAULTS: dict[str, str] = {"generate": DEFAULT, "match": "scenes-itm"}
 RELEASED: dict[str, str] = {"generate": "blip2-opt-2.7b", "match": "blip2-itm-vit-g"}  # the smallest
 DOES = {"generate": "makes captions and answers", "match": "scores texts"}
-FIELDS = (
-    "method",
-    "num_beams",
-    "num_captions",
-    "max_new_tokens",
-    "min_new_tokens",
-    "length_penalty",
-    "repetition_penalty",
-    "avoid",
-    "temperature",
-    "top_p",
-    "seed",
-)
-ONLY = {"beam": ("num_beams", "length_penalty"), "nucleus": ("temperature", "top_p")}
 
 
 def default_model(kind: Kind, console: Console, num_pictures: int = 1) -> str:
@@ -187,30 +173,6 @@ def _refuse_kind(name: str, kind: Kind) -> None:
     other: Kind = "match" if kind == "generate" else "generate"
     fitting = ", ".join(preset.name for preset in PRESETS.values() if preset.kind == kind)
     raise UsageError(f"{name} {DOES[other]}; a model that {DOES[kind]} is needed: {fitting}")
-
-
-def generation(args: argparse.Namespace, defaults: Generation) -> Generation:
-    """Decoding settings: the defaults, changed by the flags that were given.
-
-    Raises:
-        UsageError: a value out of range, or a flag that the chosen method ignores.
-    """
-    given: dict[str, Any] = {name: getattr(args, name, None) for name in FIELDS}
-    given = {name: value for name, value in given.items() if value is not None}
-    method = given.get("method", defaults.method)
-    for owner, names in ONLY.items():
-        for name in names:
-            if name in given and method != owner:
-                flag = f"--{name.replace('_', '-')}"
-                raise UsageError(f"{flag} has no effect with method {method}: add --method {owner}")
-    if method == "nucleus" and "seed" not in given:
-        given["seed"] = secrets.randbelow(1 << 31)  # reported, so that the answer can be had again
-    if given.get("max_new_tokens", defaults.min_new_tokens) < defaults.min_new_tokens:
-        given.setdefault("min_new_tokens", max(0, given["max_new_tokens"]))
-    try:
-        return defaults.with_(**given)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 def check_question(args: argparse.Namespace) -> None:

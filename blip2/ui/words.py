@@ -3,15 +3,11 @@
 import html
 import re
 
+from blip2.pictures import counted as counted
 from blip2.settings import Generation
 from blip2.ui.cards import title
 
 SILENCE = "(the model said nothing)"
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 token`, `2 tokens`."""
-    return f"{number} {noun}{'s' if number != 1 else ''}"
 
 
 def settings_text(generation: Generation) -> str:

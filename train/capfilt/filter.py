@@ -14,6 +14,8 @@ import numpy as np
 import torch
 import tyro
 
+from blip2.bulk.store import Store
+from blip2.bulk.tars import ShardError, ShardWriter, index
 from blip2.errors import CheckpointError
 from blip2.presets import PRECISIONS
 from train.capfilt.models import (
@@ -25,7 +27,7 @@ from train.capfilt.models import (
     preset_prompt,
 )
 from train.capfilt.sampling import Sampling, chances
-from train.capfilt.shards import Item, Samples, ShardError, ShardWriter, Store, batches, index
+from train.capfilt.shards import Item, Samples, batches
 from train.data.transforms import clean_caption
 
 COUNTS = ("images", "texts_kept", "candidates", "with_original", "original_kept", "original_best")
@@ -151,7 +153,8 @@ class Filter:
                             if record is None:
                                 dropped["no caption"] += 1
                                 continue
-                            writer.add(item.key, item.extension, item.image, {**item.metadata, **record})
+                            text = json.dumps({**item.metadata, **record}, ensure_ascii=False)
+                            writer.add(item.key, {item.extension: item.image, "json": text.encode()})
                             _count(record, counts, sums)
                     writer.close()
                     if not counts["images"]:
@@ -219,8 +222,8 @@ class Worker:
         self.filter: Filter | None = None
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
-        """shard: names -> report: one JSON each."""
-        return {"report": [json.dumps(self.report(str(name))) for name in batch["shard"]]}
+        """unit: names of shards -> report: one JSON each."""
+        return {"report": [json.dumps(self.report(str(name))) for name in batch["unit"]]}
 
     def report(self, name: str) -> dict[str, Any]:
         """As `Filter.shard`, or shard and failed: what ends the run."""

@@ -22,7 +22,6 @@ again after a kill comes out the same.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import time
@@ -33,18 +32,15 @@ from typing import Annotated, Any
 
 import tyro
 
+from blip2.bulk import cluster
+from blip2.bulk.cluster import RoomError, StoppedError
+from blip2.bulk.store import Store
 from train.capfilt.filter import Settings, Worker, marker, summarize
 from train.capfilt.models import CapFiltError, model_kind
-from train.capfilt.shards import Store
 
 SUMMARY = "capfilt.json"
-RETRIES = 3  # of a shard whose actor died
 # May differ when a run goes on: they do not change what comes out.
 OPERATIONAL = ("output", "batch_size", "workers", "actors", "num_gpus_per_actor", "address")
-
-
-class StoppedError(RuntimeError):
-    """The run ended early: a full disk, too little memory, a model that cannot be had."""
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -152,56 +148,26 @@ def _here(settings: Settings, names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def _on_ray(settings: Settings, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Shards on a pool of actors, reports as they come."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
-    import ray.data
-
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    if address := settings.address or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address, logging_level="warning")
-    else:  # only names and reports pass through the object store
-        ray.init("local", logging_level="warning", include_dashboard=False, object_store_memory=200_000_000)
-    try:
-        gpus, cpus, actors = _pool(settings, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-        print(f"{actors} actors, {gpus:g} GPUs and {cpus} CPU cores each", flush=True)
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        done = ray.data.from_items([{"shard": n} for n in names], override_num_blocks=len(names)).map_batches(
-            Worker,
-            fn_constructor_args=(settings, "auto" if gpus else "cpu"),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(actors, len(names)), max_tasks_in_flight_per_actor=1),
-            num_gpus=gpus,
-            num_cpus=cpus,
-            max_task_retries=RETRIES,  # a shard that brings every actor down must not go on for ever
-        )
-        for batch in done.iter_batches(batch_size=None, prefetch_batches=0):  # each as soon as it is there
-            yield from map(json.loads, batch["report"])
-    except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-        raise StoppedError(
-            f"an actor died {1 + RETRIES} times in one shard, of too little memory perhaps ({error}). "
-            "The same command goes on"
-        ) from error
-    finally:
-        ray.shutdown()
+    with cluster.connected(settings.address) as machines:
+        pool = _pool(settings, machines)
+        print(f"{pool.actors} actors, {pool.gpus:g} GPUs and {pool.cpus} CPU cores each", flush=True)
+        arguments = (settings, "auto" if pool.gpus else "cpu")
+        yield from cluster.reports(Worker, arguments, names, pool)
 
 
-def _pool(settings: Settings, machines: Sequence[Mapping[str, float]]) -> tuple[float, int, int]:
+def _pool(settings: Settings, machines: Sequence[Mapping[str, float]]) -> cluster.Pool:
     """GPUs and CPU cores of an actor, and how many actors, on machines with such resources."""
     gpus = settings.num_gpus_per_actor
     if gpus is None:
         gpus = 1.0 if any(machine.get("GPU", 0) for machine in machines) else 0.0
     cpus = max(1, settings.workers)
-    room = 0
-    for machine in machines:
-        here = int(machine.get("CPU", 0) // cpus)
-        room += min(here, int(machine.get("GPU", 0) / gpus + 1e-9)) if gpus else here
+    room = cluster.room(machines, gpus, cpus)
     if not room or (settings.actors or 0) > room:
         raise CapFiltError(
             f"there is room for {room} actors of {gpus:g} GPUs and {cpus} CPU cores each, "
             f"{settings.actors or 1} are wanted: lower --actors, --workers or --num-gpus-per-actor"
         )
-    return gpus, cpus, settings.actors or room
+    return cluster.Pool(settings.actors or room, gpus, cpus)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -214,9 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
         )
         summary = run(settings)
-    except (CapFiltError, StoppedError) as error:
+    except (CapFiltError, RoomError, StoppedError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, CapFiltError) else 1
+        return 1 if isinstance(error, StoppedError) else 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
