@@ -15,10 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from blip2.checkpoint import Loaded
+from blip2.generation import StopSignal
 from blip2.pictures import find_pictures
+from blip2.presets import PRESETS
 from blip2.representation import Blip2Representation
 from blip2.search.encode import BATCH, Picture, encode_pictures
 from blip2.search.store import HEAD, HIDDEN, Head, Index, read_head
@@ -60,11 +63,11 @@ class Run:
     summary: Summary
 
     def __init__(
-        self, loaded: Loaded, folder: Path, found: list[str], writer: Writer, force: bool, batch_size: int
+        self, loaded: Loaded, folder: Path, found: list[str], writer: Writer, stop: StopSignal, **options: Any
     ):
         self.folder = folder
-        self._loaded, self._writer, self._force, self._batch_size = loaded, writer, force, batch_size
-        self.left = changed(folder, found, writer.pictures, force)
+        self._loaded, self._writer, self._stop, self._options = loaded, writer, stop, options
+        self.left = changed(folder, found, writer.pictures, options["force"])
         self.gone = sorted(writer.pictures.keys() - set(found))
 
     def __iter__(self) -> Iterator[Picture]:
@@ -74,9 +77,7 @@ class Run:
         }
         paths = {image: self.folder / image for image in self.left}
         unreadable = []
-        for pictures, vectors in encode_pictures(
-            self._loaded, paths, rows, force=self._force, batch_size=self._batch_size
-        ):
+        for pictures, vectors in encode_pictures(self._loaded, paths, rows, stop=self._stop, **self._options):
             known = [p for p in pictures if p.digest or p.image in writer.pictures]  # else there is no record
             new = 0 if vectors is None else len(vectors)
             for picture in writer.add(known, vectors):
@@ -85,6 +86,8 @@ class Run:
             encoded += new
             unreadable += [picture for picture in pictures if not picture.digest]
             yield from pictures
+        if self._stop.is_set():
+            return  # the next run goes on
         writer.publish(self.gone)
         bad = [p for p in writer.pictures.values() if p.row is None] + unreadable
         able = sum(p.row is not None for p in writer.pictures.values())
@@ -100,6 +103,7 @@ def indexing(
     recursive: bool = False,
     force: bool = False,
     batch_size: int = BATCH,
+    stop: StopSignal | None = None,
 ) -> Iterator[Run]:
     """A pass over a folder of pictures, as long as it lasts alone at its index.
 
@@ -110,6 +114,7 @@ def indexing(
         recursive: the folders in it, too, from now on.
         force: pictures of a kind that the model does not know, too.
         batch_size: pictures at a time.
+        stop: once set, the run ends, without a summary, and searches see nothing of it.
 
     Raises:
         FolderError: no such folder, or no pictures in it.
@@ -123,7 +128,7 @@ def indexing(
     recursive = recursive or (before is not None and before.recursive)
     found = find_pictures(folder, recursive)  # before anything is made in it
     with writing(place, head_of(loaded, folder, place, recursive, before)) as writer:
-        yield Run(loaded, folder, found, writer, force, batch_size)
+        yield Run(loaded, folder, found, writer, stop or Event(), force=force, batch_size=batch_size)
 
 
 def index_folder(
@@ -149,11 +154,12 @@ def head_of(loaded: Loaded, folder: Path, place: Path, recursive: bool, before: 
     inside = place.absolute().is_relative_to(folder.absolute())
     source = os.path.relpath(folder, place) if inside else str(folder.absolute())
     weights, files = weights_of(loaded.folder, before)
-    named = loaded.preset is not None or "/" in loaded.name  # a Hub id; else it is a folder
+    name = loaded.name.partition("@")[0]  # the app's names may carry a precision
+    named = name in PRESETS or "/" in name  # a Hub id; else it is a folder
     return Head(
         folder=source,
         recursive=recursive,
-        model=loaded.name if named else str(loaded.folder.absolute()),
+        model=name if named else str(loaded.folder.absolute()),
         precision=loaded.precision,
         weights=weights,
         files=files,
