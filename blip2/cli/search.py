@@ -1,17 +1,18 @@
 """`index` and `search`: a folder's pictures, found by a text or by a picture."""
 
 import argparse
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from blip2.checkpoint import Loaded
+from blip2.checkpoint import Loaded, locate
 from blip2.cli.console import Console, UsageError, table
 from blip2.cli.models import about, load_model, model_name, note_unknown_words
-from blip2.errors import PromptError
+from blip2.errors import CheckpointError, PromptError
 from blip2.images import open_image
 from blip2.pictures import find_pictures
-from blip2.search.index import Summary, changed, check_model, indexing
+from blip2.search.index import Summary, changed, check_model, indexing, weights_of
 from blip2.search.query import Found, search
 from blip2.search.store import HEAD, HIDDEN, Head, Index, read_head
 
@@ -65,8 +66,13 @@ def _is_current(place: Path, head: Head, folder: Path, args: argparse.Namespace)
     """Whether a finished index is of the folder as it is, so that no model need be loaded."""
     if head.lines < 0 or args.precision not in ("auto", head.precision):
         return False
+    try:
+        _, checkpoint = locate(head.model, local_files_only=True, precision=head.precision)
+    except CheckpointError:  # to load it will say what is wrong
+        return False
     known = Index(place)
-    if known.folder != folder.absolute():
+    source = Path(os.path.normpath(folder.absolute()))
+    if known.folder != source or weights_of(checkpoint, head)[0] != head.weights:
         return False
     found = find_pictures(folder, args.recursive or head.recursive)
     same = known.pictures.keys() == set(found) and (head.recursive or not args.recursive)

@@ -151,8 +151,8 @@ def head_of(loaded: Loaded, folder: Path, place: Path, recursive: bool, before: 
         raise SearchError(
             f"{loaded.name} writes texts; pictures are found by a model that scores them: scenes-itm"
         )
-    inside = place.absolute().is_relative_to(folder.absolute())
-    source = os.path.relpath(folder, place) if inside else str(folder.absolute())
+    folder, place = (Path(os.path.normpath(path.absolute())) for path in (folder, place))
+    source = os.path.relpath(folder, place) if place.is_relative_to(folder) else str(folder)
     weights, files = weights_of(loaded.folder, before)
     name = loaded.name.partition("@")[0]  # the app's names may carry a precision
     named = name in PRESETS or "/" in name  # a Hub id; else it is a folder

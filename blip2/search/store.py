@@ -150,23 +150,29 @@ class Index:
 
     def __init__(self, path: str | Path):
         self.place = find_index(path)
-        self.head = head = read_head(self.place)
-        if head.lines == UNFINISHED:
-            raise SearchError(
-                f"the first run over {self.folder} was not finished: `blip2 index` goes on with it"
-            )
-        try:
-            lines = files_of(self.place, head.number)[0].read_bytes().splitlines()
-            if len(lines) < head.lines:
-                raise ValueError(f"{len(lines)} of {head.lines} lines")
-            self.pictures, _ = replay(lines[: head.lines])
-            self.images: dict[int, list[str]] = {}
-            for picture in self.pictures.values():
-                if picture.row is not None:
-                    self.images.setdefault(picture.row, []).append(picture.image)
-            self.vectors = map_rows(self.place, head, max(self.images, default=-1) + 1)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise damaged(self.place, error) from error
+        while True:
+            self.head = read_head(self.place)
+            if self.head.lines == UNFINISHED:
+                raise SearchError(
+                    f"the first run over {self.folder} was not finished: `blip2 index` goes on with it"
+                )
+            try:
+                self._open()
+                return
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                if read_head(self.place) == self.head:  # else a run has just put other files in their place
+                    raise damaged(self.place, error) from error
+
+    def _open(self) -> None:
+        lines = files_of(self.place, self.head.number)[0].read_bytes().splitlines()
+        if len(lines) < self.head.lines:
+            raise ValueError(f"{len(lines)} of {self.head.lines} lines")
+        self.pictures, _ = replay(lines[: self.head.lines])
+        self.images: dict[int, list[str]] = {}
+        for picture in self.pictures.values():
+            if picture.row is not None:
+                self.images.setdefault(picture.row, []).append(picture.image)
+        self.vectors = map_rows(self.place, self.head, max(self.images, default=-1) + 1)
         self.alive = np.zeros(len(self.vectors), bool)
         self.alive[list(self.images)] = True
 

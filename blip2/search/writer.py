@@ -159,7 +159,7 @@ def writing(place: Path, head: Head) -> Iterator[Writer]:
             if (place / HEAD).exists():
                 found = read_head(place)
                 check_same(found, head, place)
-                head = replace(found, files=head.files, recursive=head.recursive)
+                head = replace(found, model=head.model, files=head.files, recursive=head.recursive)
             else:
                 replace_text(place / HEAD, json.dumps(asdict(head), indent=1) + "\n")
             writer = Writer(place, head)

@@ -211,7 +211,7 @@ class SearchTab(Tab):
             yield self.idle(session) | {self.note: note("Stopped; what was read need not be read again.")}
             return
         album.found = found or []
-        remarks = "" if query is None else self.work.unknown_words(name, query)
+        remarks = "" if query is None else self.work.unknown_words(name, query, "match")
         there = 0 if collection is None else sum(map(len, collection.images.values()))
         facts = [f"{counted(there, 'picture')} searched with {name}, {seconds:.1f} s."]
         if not there:
