@@ -29,10 +29,21 @@ def run(names, folder):
     shutil.copytree(ROOT / "examples", folder, ignore=shutil.ignore_patterns("runs", "captioned", "searched"))
     for name in names:
         (folder / f"{name}.py").write_text(code(NOTEBOOKS[name]), "utf-8")
-    program = f"import runpy\nfor name in {list(names)}:\n    print('#', name)\n    runpy.run_path(name + '.py')\n"
-    settings = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "BLIP2_CLONE": str(ROOT), "OMP_NUM_THREADS": "1"}
+    program = (
+        f"import runpy\nfor name in {list(names)}:\n    print('#', name)\n    runpy.run_path(name + '.py')\n"
+    )
+    settings = {
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "BLIP2_CLONE": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env={**os.environ, **settings}, capture_output=True, text=True
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     parts = re.split(r"^# (\w+)\n", done.stdout, flags=re.M)[1:]

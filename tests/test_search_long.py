@@ -29,7 +29,17 @@ def loaded():
 
 def run_index(folder):
     settings = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "blip2", "index", str(folder), "--model", "scenes-itm", "--quiet", "--force"]
+    command = [
+        sys.executable,
+        "-m",
+        "blip2",
+        "index",
+        str(folder),
+        "--model",
+        "scenes-itm",
+        "--quiet",
+        "--force",
+    ]
     return subprocess.Popen(command, env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True)
 
 
@@ -59,7 +69,9 @@ def test_killed_three_times_it_comes_out_the_same(loaded, tmp_path):
         assert picture.digest == other.pictures[name].digest
     rows = [[index.pictures[name].row for name in one.pictures] for index in (one, other)]
     for part in ("features", "means"):
-        mine, theirs = (getattr(index.vectors, part)[row] for index, row in zip((one, other), rows, strict=True))
+        mine, theirs = (
+            getattr(index.vectors, part)[row] for index, row in zip((one, other), rows, strict=True)
+        )
         assert np.abs(mine.astype(np.float32) - theirs.astype(np.float32)).max() < 2e-3
 
 
