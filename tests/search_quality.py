@@ -44,6 +44,19 @@ def recalls(loaded: Loaded, index: Index, texts: list[str], rerank: int) -> dict
     return {f"R@{k}": recall(ranks, k) for k in (1, 5, 10)}
 
 
+def parts(loaded: Loaded, index: Index, scenes: list[Scene], rerank: int) -> dict[str, float]:
+    """Of texts that name one thing: how often the first picture shows it, of the first five, and of any."""
+    shows = [{f"a {thing.size} {thing.color} {thing.shape}" for thing in scene.things} for scene in scenes]
+    asked = sorted(set.union(*shows))
+    first, five = [], []
+    for text in asked:
+        found = [text in shows[int(one.image[:5])] for one in search(loaded, index, text, k=5, rerank=rerank)]
+        first.append(found[0])
+        five += found
+    by_chance = statistics.mean(text in seen for text in asked for seen in shows)
+    return {"P@1": statistics.mean(first), "P@5": statistics.mean(five), "by chance": by_chance}
+
+
 def write(folder: Path, scenes: list[Scene], size: int) -> None:
     """Draw scenes into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,6 +154,10 @@ def main() -> None:
                 print(
                     f"{f'ITC, ITM on {rerank}' if rerank else 'ITC'}: {line}  ({1000 * took:.0f} ms a query)"
                 )
+            for rerank in (0, RERANKED):
+                found = parts(loaded, index, scenes, rerank)
+                line = "  ".join(f"{name} {value:.3f}" for name, value in found.items())
+                print(f"one thing named, ITM on {rerank}: {line}")
             for way, value in by_picture(loaded, scenes[:500]).items():
                 print(f"by a picture, {way}: R@1 {value:.3f} of {min(500, len(scenes))}")
         if options.only != "quality":

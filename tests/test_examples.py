@@ -3,11 +3,12 @@
 They are plain Python, without magics: a script of their cells runs them, in a copy of the folder.
 """
 
+import contextlib
+import io
 import json
-import os
 import re
+import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,29 +26,17 @@ def code(path):
 
 
 def run(names, folder):
-    """Run notebooks one after another in one process; what each printed."""
+    """Run notebooks, each as a program of its own, in a copy of their folder; what each printed."""
     shutil.copytree(ROOT / "examples", folder, ignore=shutil.ignore_patterns("runs", "captioned", "searched"))
-    for name in names:
-        (folder / f"{name}.py").write_text(code(NOTEBOOKS[name]), "utf-8")
-    program = (
-        f"import runpy\nfor name in {list(names)}:\n    print('#', name)\n    runpy.run_path(name + '.py')\n"
-    )
-    settings = {
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-        "BLIP2_CLONE": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=folder,
-        env={**os.environ, **settings},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    parts = re.split(r"^# (\w+)\n", done.stdout, flags=re.M)[1:]
-    return dict(zip(parts[::2], parts[1::2], strict=True))
+    printed = {}
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+        patch.setenv("BLIP2_CLONE", str(ROOT))
+        patch.setattr("sys.path", [*sys.path])
+        for name in names:
+            Path(f"{name}.py").write_text(code(NOTEBOOKS[name]), "utf-8")
+            with contextlib.redirect_stdout(io.StringIO()) as printed[name]:
+                runpy.run_path(f"{name}.py")
+    return {name: stream.getvalue() for name, stream in printed.items()}
 
 
 @pytest.fixture(scope="module")
