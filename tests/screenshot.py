@@ -55,6 +55,14 @@ def main() -> None:
             page.get_by_text(f"{len(pictures)} pictures.").wait_for()
             page.get_by_role("button", name="Caption all").click()
             page.get_by_text("pictures captioned").wait_for()
+        if "search" in words:
+            page.get_by_role("tab", name="Search").click()
+            pictures = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.png"))
+            page.locator("#search-files input[type=file]").set_input_files(pictures)
+            page.get_by_text(f"{len(pictures)} pictures.").wait_for()
+            page.get_by_label("What to look for").fill("a large blue square")
+            page.get_by_role("button", name="Search", exact=True).click()
+            page.locator("ol.found li").first.wait_for()
         if "caption" in words:
             page.get_by_role("button", name="Caption the picture").click()
             page.locator("ol.captions li").first.wait_for()

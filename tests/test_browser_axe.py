@@ -7,11 +7,13 @@ import json
 import shutil
 import subprocess
 import tarfile
+from pathlib import Path
 
 import pytest
 from browsing import MARKS, ask, button, expect
 
 pytestmark = MARKS
+PICTURES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("scene-*.png"))
 PACKAGE = "axe-core@4.14.1"
 LOOKS = {
     "light": {"color_scheme": "light"},
@@ -96,6 +98,23 @@ def refused(page):
     expect(page.locator("#chat-note")).to_contain_text("control characters")
 
 
+def folder(page):
+    page.get_by_role("tab", name="Folder").click()
+    page.locator("#folder-files input[type=file]").set_input_files(PICTURES[:3])
+    expect(page.locator("#folder-note")).to_have_text("3 pictures.")
+    button(page, "Caption all").click()
+    expect(page.locator("#folder-note")).to_contain_text("pictures captioned")
+
+
+def search(page):
+    page.get_by_role("tab", name="Search").click()
+    page.locator("#search-files input[type=file]").set_input_files(PICTURES)
+    expect(page.locator("#search-note")).to_have_text(f"{len(PICTURES)} pictures.")
+    page.get_by_label("What to look for").fill("a red circle")
+    button(page, "Search").click()
+    expect(page.locator("ol.found li")).to_have_count(len(PICTURES))
+
+
 def drawn(page):
     page.get_by_role("tab", name="Draw").click()
 
@@ -107,7 +126,7 @@ def test_axe_finds_nothing_of_ours(visit, axe, look):
     page = visit(**LOOKS[look])
     page.evaluate(axe)
     found = {}
-    for show in (chat, why, caption, instruct, compare, refused, drawn):
+    for show in (chat, why, caption, instruct, compare, folder, search, refused, drawn):
         show(page)
         open_parts(page)
         page.wait_for_timeout(500)  # for gradio's fades: half a color has too little contrast

@@ -52,7 +52,7 @@ LAYERS = [
         "values",
         "verify",
     },
-    {"bench", "bulk", "server", "folder", "pictures", "report", "sidecars", "deploy"},
+    {"bench", "bulk", "server", "folder", "pictures", "report", "sidecars", "deploy", "search"},
     {"cli", "ui", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

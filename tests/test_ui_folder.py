@@ -492,12 +492,12 @@ def server(assets):
     demo.close(verbose=False)
 
 
-def drop_at(client, demo, files):
+def drop_at(client, demo, files, place):
     """The event that the page sends when files were dropped; its last message."""
     [index] = [
         index
         for index, event in demo.fns.items()
-        if any(isinstance(one, Files) for one in event.inputs) and len(event.inputs) == 2
+        if len(event.inputs) == 2 and event.inputs[1].elem_id == place
     ]
     visit = uuid.uuid4().hex
     data = [dict(file, meta={"_type": "gradio.FileData"}) for file in files]
@@ -512,13 +512,14 @@ def drop_at(client, demo, files):
     return ""
 
 
-def test_piles_come_from_uploads_alone(server, tmp_path):
+@pytest.mark.parametrize("place", ["folder-files", "search-files"])
+def test_pictures_come_from_uploads_alone(server, tmp_path, place):
     client, demo = server
     with draw(tmp_path / "x.png", 3).open("rb") as file:
         [path] = client.post("/gradio_api/upload", files={"files": ("mine.png", file)}).json()
-    assert "1 picture." in drop_at(client, demo, [{"path": path, "orig_name": "mine.png"}])
+    assert "1 picture." in drop_at(client, demo, [{"path": path, "orig_name": "mine.png"}], place)
     for wrong in ("/etc/passwd", __file__, "http://127.0.0.1:1/x.png", "file:///etc/passwd"):
-        final = drop_at(client, demo, [{"path": path}, {"path": wrong, "orig_name": "x.png"}])
+        final = drop_at(client, demo, [{"path": path}, {"path": wrong, "orig_name": "x.png"}], place)
         assert "picture" not in final.replace("Only uploaded pictures", ""), final
 
 

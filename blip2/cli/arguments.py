@@ -78,6 +78,27 @@ def build_parser() -> argparse.ArgumentParser:
     match.add_argument("texts", nargs="+", metavar="TEXT")
     _add_model(match, adapter=False)
 
+    index = command("index", "search", "index the pictures of a folder, to find them by a text or a picture")
+    index.add_argument("folder", metavar="FOLDER", help="of pictures")
+    index.add_argument("--out", metavar="INDEX", help="the index's folder (FOLDER/.blip2-index)")
+    index.add_argument("--recursive", "-r", action="store_true", help="the folders in it, too, from now on")
+    index.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures at once (8)")
+    _add_model(index, adapter=False)
+
+    search = command("search", "search", "find pictures of an indexed folder")
+    search.add_argument("index", metavar="INDEX", help="what `blip2 index` made, or the folder of pictures")
+    search.add_argument("text", nargs="?", metavar="TEXT", help="what is in the pictures")
+    search.add_argument("--image", metavar="IMAGE", help="instead of TEXT: a file or an http(s) URL")
+    search.add_argument("--top", "-k", type=int, default=10, metavar="K", help="how many (10)")
+    search.add_argument(
+        "--rerank",
+        type=int,
+        default=0,
+        metavar="N",
+        help="look at the N nearest again, together with the text (ITM): slower, and better (0)",
+    )
+    _add_model(search, adapter=False)
+
     compare = command("compare", "compare", "put questions about pictures to several models")
     compare.add_argument("image", nargs="?", metavar="IMAGE", help="a file or an http(s) URL")
     compare.add_argument("question", nargs="?", metavar="QUESTION")

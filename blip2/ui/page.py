@@ -15,6 +15,7 @@ from blip2.ui.folder import FolderTab
 from blip2.ui.instruct import InstructTab
 from blip2.ui.picker import Picker
 from blip2.ui.picture import PictureBox, refused
+from blip2.ui.search import SearchTab
 from blip2.ui.session import Session
 from blip2.ui.tab import Tab, Updates
 from blip2.ui.talk import ChatTab
@@ -62,6 +63,8 @@ def page(work: Work, votes: Votes) -> gr.Blocks:
                     compare = CompareTab(work, state, box.picture, votes)
                 with gr.Tab("Folder", id="folder", render_children=True):
                     folder = FolderTab(work, state, box.picture)
+                with gr.Tab("Search", id="search", render_children=True):
+                    SearchTab(work, state, box.picture)
         tabs: list[Tab] = [chat, caption, instruct, compare, why]
         cleared = [component for tab in tabs for component in tab.cleared()]
 

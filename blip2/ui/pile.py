@@ -103,19 +103,7 @@ class Pile(Answering):
         Raises:
             ValueError: more than a public server takes.
         """
-        paths = {Path(path): _base(name) for path, name in files}
-        if limited and len(paths) > MAX_PICTURES:
-            raise ValueError(
-                f"These are {len(paths):,} pictures; at most {MAX_PICTURES} are taken here at a time: "
-                "drop fewer, or start the app on a machine of your own, which takes any number."
-            )
-        size = sum(path.stat().st_size for path in paths if path.is_file())
-        if limited and size > MAX_BYTES:
-            raise ValueError(
-                f"These pictures have {size / 1e6:,.0f} MB; at most {MAX_BYTES / 1e6:,.0f} MB are taken here "
-                "at a time: drop fewer, or make them smaller."
-            )
-        self._take(paths, None)
+        self._take(dropped(files, limited=limited), None)
 
     def open(self, folder: str, recursive: bool) -> None:
         """Take the pictures of a folder of this machine.
@@ -141,7 +129,7 @@ class Pile(Answering):
         for path, name in paths.items():
             row = before.get(path)
             if row is None:
-                name = _unused(name, used)
+                name = unused(name, used)
                 used.add(name)
                 row = Row(next(self._ids), name, path)
             rows[path] = row
@@ -250,7 +238,7 @@ class Pile(Answering):
         with self._lock:
             rows = list(self.shown.values())[first : first + PER_PAGE]
         self._thumbnails = {
-            row.id: self._thumbnails.get(row.id) or _thumbnail(row.image, row.path) for row in rows
+            row.id: self._thumbnails.get(row.id) or thumbnail(row.image, row.path) for row in rows
         }
         return {
             "rows": [_shown(row, self._thumbnails[row.id]) for row in rows],
@@ -269,7 +257,7 @@ class Pile(Answering):
             ValueError: there are none.
         """
         entries = [
-            replace(row.result, image=_text(row.image))
+            replace(row.result, image=plain_name(row.image))
             for row in self.shown.values()
             if isinstance(row.result, Entry)
         ]
@@ -287,6 +275,27 @@ class Pile(Answering):
         return path
 
 
+def dropped(files: Sequence[tuple[str, str]], *, limited: bool) -> dict[Path, str]:
+    """Files that a visitor dropped, (path, name) each, with their bare names.
+
+    Raises:
+        ValueError: more than a public server takes.
+    """
+    paths = {Path(path): _base(name) for path, name in files}
+    if limited and len(paths) > MAX_PICTURES:
+        raise ValueError(
+            f"These are {len(paths):,} pictures; at most {MAX_PICTURES} are taken here at a time: "
+            "drop fewer, or start the app on a machine of your own, which takes any number."
+        )
+    size = sum(path.stat().st_size for path in paths if path.is_file())
+    if limited and size > MAX_BYTES:
+        raise ValueError(
+            f"These pictures have {size / 1e6:,.0f} MB; at most {MAX_BYTES / 1e6:,.0f} MB are taken here "
+            "at a time: drop fewer, or make them smaller."
+        )
+    return paths
+
+
 def _written(row: Row, out: Sidecars) -> bool:
     return row.out is not None and row.out.ending == out.ending
 
@@ -296,7 +305,7 @@ def _base(name: str) -> str:
     return PurePosixPath(name.replace("\\", "/")).name or "picture"
 
 
-def _unused(name: str, used: set[str]) -> str:
+def unused(name: str, used: set[str]) -> str:
     """The name, numbered if another picture has it."""
     path, number = PurePosixPath(name), count(2)
     while name in used:
@@ -304,7 +313,7 @@ def _unused(name: str, used: set[str]) -> str:
     return name
 
 
-def _text(name: str) -> str:
+def plain_name(name: str) -> str:
     """A file name as text that can be sent and written: it may hold bytes that are none."""
     return os.fsencode(name).decode("utf-8", "replace")
 
@@ -319,20 +328,20 @@ def _edits(text: str) -> list[tuple[int, int, int, str]]:
         raise ValueError("The edits did not arrive whole: change the caption again.") from error
 
 
-def _thumbnail(image: str, path: Path) -> str:
-    """A data URL; nothing for a picture that cannot be opened, or is gone."""
+def thumbnail(image: str, path: Path, side: int = THUMBNAIL) -> str:
+    """A data URL of a small JPEG; nothing for a picture that cannot be opened, or is gone."""
     try:
         opened = open_picture(image, path)
     except ImageError:
         return ""
-    opened.thumbnail((THUMBNAIL, THUMBNAIL))
+    opened.thumbnail((side, side))
     data = io.BytesIO()
     opened.save(data, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
 
 
 def _shown(row: Row, thumbnail: str) -> dict[str, Any]:
-    value = {"id": row.id, "made": row.made, "name": _text(row.image), "thumbnail": thumbnail}
+    value = {"id": row.id, "made": row.made, "name": plain_name(row.image), "thumbnail": thumbnail}
     if isinstance(row.result, Entry):
         match = [round(score, 4) if score == score else None for score in row.result.match]
         answers = [[asked, said] for asked, said in row.result.answers.items()]

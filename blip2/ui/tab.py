@@ -36,11 +36,11 @@ class Tab:
     def __init__(self, work: Work, state: gr.State, picture: gr.Image):
         self.work, self.models, self.state, self.picture = work, work.models, state, picture
 
-    def add_note(self, elem_id: str) -> None:
+    def add_note(self, elem_id: str, anyway: str = "Answer anyway") -> None:
         """Place the line for what the app has to say, and what to do about an unknown picture."""
         self.note = gr.HTML(elem_id=elem_id)
         with gr.Row(visible=False, elem_classes="actions small") as self.choice:
-            self.anyway = gr.Button("Answer anyway", size="sm", min_width=140)
+            self.anyway = gr.Button(anyway, size="sm", min_width=140)
             self.real = gr.Button("Get a real model", size="sm", visible=self.models.local, min_width=160)
 
     def wire(
@@ -87,7 +87,7 @@ class Tab:
                 return
             except UnknownPictureError as error:
                 said = {
-                    self.note: note(f"{error}. {self.models.instead()}"),
+                    self.note: note(f"{error}. {self.instead()}"),
                     self.choice: gr.update(visible=True),
                 }
             except EXPECTED as error:
@@ -95,6 +95,10 @@ class Tab:
             yield self.idle(session) | self.after_error(session) | said
 
         return attempt
+
+    def instead(self) -> str:
+        """A sentence on where to turn with a picture that the model does not know."""
+        return self.models.instead()
 
     def insisting(self, run: Callable[..., Iterator[Updates]]) -> Callable[..., Iterator[Updates]]:
         """`run` for a visitor who wants answers though the model does not know the picture's kind."""

@@ -9,7 +9,7 @@ import queue
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -22,11 +22,17 @@ from blip2.model import Blip2
 from blip2.pictures import Captioning, Failure
 from blip2.processing import Style
 from blip2.representation import Blip2Representation
+from blip2.search.encode import Picture, encode_pictures
+from blip2.search.index import Summary, indexing
+from blip2.search.query import Collection, Found, search
+from blip2.search.vectors import Vectors
 from blip2.sidecars import Entry, Sidecars
 from blip2.ui.answers import Background, Progress, streamed, together
 from blip2.ui.errors import EXPECTED
 from blip2.ui.stop import Stop
 from blip2.ui.subject import Subject
+
+T = TypeVar("T")
 
 
 def talk(
@@ -121,20 +127,53 @@ def caption_all(
     Arguments are those of `blip2.folder.caption_pictures`. Yields the outcomes, and how long it has been.
     """
     loaded, scorer = models[0], models[1] if len(models) > 1 else None
-    found: queue.SimpleQueue[Entry | Failure] = queue.SimpleQueue()
+    yield from _followed(caption_pictures(loaded, pictures, out, wanted, scorer, stop), stop)
 
-    def work() -> None:
-        for outcome in caption_pictures(loaded, pictures, out, wanted, scorer, stop):
-            found.put(outcome)
 
-    background = Background(work, stop)
-    for seconds in background.ticks():
-        while not found.empty():
-            yield found.get()
-        yield Progress(doing=f"{seconds:.0f} s")
-    while not found.empty():
-        yield found.get()
-    background.result()
+def embed(
+    models: list[Loaded], subject: Subject, pictures: dict[str, Path], force: bool, stop: Stop
+) -> Iterator[Progress | tuple[list[Picture], Vectors | None]]:
+    """Make pictures ready to be searched; the subject is of no matter.
+
+    Yields:
+        What `blip2.search.encode.encode_pictures` does, and how long it has been.
+    """
+    yield from _followed(encode_pictures(models[0], pictures, {}, force=force, stop=stop), stop)
+
+
+def index(
+    models: list[Loaded], subject: Subject, folder: Path, recursive: bool, force: bool, stop: Stop
+) -> Iterator[Progress | tuple[int, int] | Summary]:
+    """Bring the index of a folder of this machine up to date.
+
+    Yields:
+        (pictures done, of how many), and how long it has been; last the summary, unless it was stopped.
+    """
+
+    def work() -> Iterator[tuple[int, int] | Summary]:
+        with indexing(models[0], folder, recursive=recursive, force=force, stop=stop) as run:
+            for done, _ in enumerate(run, 1):
+                yield done, len(run.left)
+            if not stop.is_set():
+                yield run.summary
+
+    yield from _followed(work(), stop)
+
+
+def find(
+    models: list[Loaded],
+    subject: Subject,
+    collection: Collection,
+    text: str | None,
+    k: int,
+    rerank: int,
+    force: bool,
+    stop: Stop,
+) -> Iterator[Progress | list[Found]]:
+    """Search, by a text, or where it is None by the subject; yields how long it has been, last the found."""
+    query = subject.image() if text is None else text
+    look = partial(search, models[0], collection, query, k, rerank=rerank, force=force)
+    yield (yield from _in_background(look, "Searching", stop))
 
 
 def match(
@@ -199,6 +238,24 @@ def _answer(
         conversation.turns[:] = before  # as if it had not been asked
         raise
     yield conversation.turns[-1]
+
+
+def _followed(items: Iterator[T], stop: Stop) -> Iterator[Progress | T]:
+    """Items as they come, and meanwhile how long it has been."""
+    found: queue.SimpleQueue[T] = queue.SimpleQueue()
+
+    def work() -> None:
+        for item in items:
+            found.put(item)
+
+    background = Background(work, stop)
+    for seconds in background.ticks():
+        while not found.empty():
+            yield found.get()
+        yield Progress(doing=f"{seconds:.0f} s")
+    while not found.empty():
+        yield found.get()
+    background.result()
 
 
 def _in_background(function: Any, doing: str, stop: Stop) -> Any:

@@ -29,6 +29,15 @@ with no_stub():
             return [(file.path, file.orig_name or file.path) for file in files]
 
 
+def matching(models: Models) -> list[tuple[str, str]]:
+    """(label, name) of the models offered that score texts."""
+    return [
+        (f"{preset.name}{' (embedded)' if preset.name in EMBEDDED else ''}", preset.name)
+        for preset in PRESETS.values()
+        if preset.kind == "match" and (models.local or preset.name in EMBEDDED)
+    ]
+
+
 class Options:
     """A folded panel of what is wanted of each picture, but for the settings of decoding.
 
@@ -38,11 +47,6 @@ class Options:
 
     def __init__(self, models: Models) -> None:
         self.controls: dict[str, Any] = {}
-        matching = [
-            (f"{preset.name}{' (embedded)' if preset.name in EMBEDDED else ''}", preset.name)
-            for preset in PRESETS.values()
-            if preset.kind == "match" and (models.local or preset.name in EMBEDDED)
-        ]
         with gr.Accordion("Options", open=False, elem_classes="settings"):
             with gr.Row(visible=models.local):
                 self.controls["ending"] = gr.Radio(
@@ -68,7 +72,7 @@ class Options:
             )
             with gr.Row():
                 self.controls["scorer"] = gr.Dropdown(
-                    [("No match scores", ""), *matching],
+                    [("No match scores", ""), *matching(models)],
                     value="scenes-itm" if models.default in EMBEDDED else "",
                     label="Match scores",
                     info="how well a caption fits its picture, by another model",

@@ -102,11 +102,12 @@ class Work:
         [item] = deque(self.run(*arguments, **options), maxlen=1)
         return item
 
-    def unknown_words(self, name: str, text: str) -> str:
+    def unknown_words(self, name: str, text: str, kind: str = "generate") -> str:
         """A sentence on words of a prompt that a small vocabulary lacks, or nothing."""
         if not self.models.is_loaded(name):
             return ""
-        words = [word[:30] for word in dict.fromkeys(self.models.get(name).processor.unknown_words(text))][:5]
+        unknown = self.models.get(name, kind).processor.unknown_words(text)
+        words = [word[:30] for word in dict.fromkeys(unknown)][:5]
         return f"{name} has never seen: {', '.join(words)}." if words else ""
 
     def relieve(self, error: BaseException, names: Sequence[str]) -> None:
