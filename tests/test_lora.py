@@ -436,6 +436,7 @@ def test_the_app_serves_an_adapter(trained, assets, tmp_path, monkeypatch, capsy
     change(drawn, base_model_name_or_path="scenes-opt")
     assert "scenes-opt</strong> knows drawn scenes only" in cards.notice(str(drawn))
     monkeypatch.setattr("blip2.ui.models.fitting.precisions", lambda base: [("Full", "auto")])
+    models.local = True
     assert models.precisions(folder) and not models.precisions(str(drawn))  # nothing to gain by few bits
     assert talk._suggestions(str(drawn)) == talk.DRAWN
     assert compare.pair(Models(str(drawn))) == ("scenes-opt", str(drawn))  # what did training change?
