@@ -40,7 +40,7 @@ class Running:
 
     def connect(self) -> socket.socket:
         """A bare connection."""
-        return socket.create_connection(("127.0.0.1", self.port), 20)
+        return socket.create_connection(("127.0.0.1", self.port), 120)
 
     def send(self, body: bytes, **headers: str) -> socket.socket:
         """A bare connection that has asked for a chat completion."""

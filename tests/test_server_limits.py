@@ -123,6 +123,7 @@ def test_pages_of_other_origins(request, which):
     assert allowed == ("https://a.example" if which == "strict" else None)
 
 
+PICTURE = user(image())
 FAULTS = [
     (b"{", "invalid_json", "not valid JSON"),
     (b"", "invalid_value", "required"),
@@ -159,7 +160,7 @@ FAULTS = [
         None, "answers no message",
     ),
     (
-        {"model": "scenes-opt", "style": "raw", "messages": [{"role": "system", "content": "x"}, user(image())]},
+        {"model": "scenes-opt", "style": "raw", "messages": [{"role": "system", "content": "x"}, PICTURE]},
         None, "style raw",
     ),
     (
