@@ -77,7 +77,12 @@ def bulk(args: argparse.Namespace) -> dict[str, float]:
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     try:
         done = subprocess.run(
-            [*command, "--json"], cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True
+            [*command, "--json", "--force"],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            check=True,
+            capture_output=True,
+            text=True,
         )
         return json.loads(done.stdout)["this_call"]
     finally:

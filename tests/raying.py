@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -24,6 +25,7 @@ def start(words: Sequence[str], log: Path) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, "-m", *words], cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file,
             start_new_session=True,
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
         )  # fmt: skip
 
 

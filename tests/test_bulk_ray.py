@@ -35,14 +35,21 @@ def whole(pictures, tmp_path_factory):
     wanted = Captioning(Generation.caption())
     run(
         Settings(
-            "caption", Source(str(pictures[0])), str(out), "jsonl", Model("scenes-opt"), wanted, workers=0
+            "caption",
+            Source(str(pictures[0])),
+            str(out),
+            "jsonl",
+            Model("scenes-opt"),
+            wanted,
+            workers=0,
+            force=True,
         )
     )
     return out
 
 
 def words(source: Path, out: Path, *more: str) -> list[str]:
-    flags = ["--model", "scenes-opt", "--json", *more]
+    flags = ["--model", "scenes-opt", "--json", "--force", *more]
     return ["blip2", "bulk", "caption", str(source), "--out", str(out), *flags]
 
 

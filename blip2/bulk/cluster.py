@@ -21,6 +21,8 @@ QUIET = {  # read when ray is imported or started
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_worker_niceness": "0",  # else whatever runs beside it goes before it
+    "RAY_enable_metrics_collection": "0",  # nobody looks, and every process would spend time on them
+    "RAY_task_events_report_interval_ms": "0",
 }
 
 
@@ -59,7 +61,7 @@ def connected(address: str | None = None) -> Iterator[list[dict[str, float]]]:
 
     Raises:
         RoomError: there is no Ray here, or none at the address.
-        StoppedError: an actor died time after time.
+        StoppedError: it could not be started, or an actor died time after time.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -79,6 +81,8 @@ def connected(address: str | None = None) -> Iterator[list[dict[str, float]]]:
             ray.init(address=address or "local", **options)
     except (ConnectionError, ValueError) as error:
         raise RoomError(f"no Ray answers at {address or 'this machine'}: {error}") from error
+    except Exception as error:  # that is what Ray raises where a busy machine is too slow for it
+        raise StoppedError(f"Ray could not be started: {error}") from error
     try:
         yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
     except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
