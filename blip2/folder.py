@@ -10,7 +10,6 @@ the pictures under way, and the same call goes on from there.
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from blip2.generation import StopSignal, describe, generate, num_descriptions
 from blip2.images import ImageError
 from blip2.model import Blip2
 from blip2.novelty import UnknownPictureError
-from blip2.pictures import Captioning, Failure, open_picture
+from blip2.pictures import Captioning, Failure, open_picture, read_ahead
 from blip2.representation import Blip2Representation
 from blip2.sidecars import Entry, Sidecars, Table
 from blip2.vision import ImageFeatures
@@ -70,20 +69,16 @@ def caption_pictures(
     def read(batch: Sequence[str]) -> list[_Picture]:
         return [_read(image, pictures[image], loaded, scorer) for image in batch]
 
-    with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(read, batch) for batch in batches[:1]]
-        for index in range(len(batches)):
-            batch = ahead.pop().result()
-            ahead = [pool.submit(read, following) for following in batches[index + 1 : index + 2]]
-            usable = [one for one in batch if not one.reason]
-            done = iter(_caption(loaded, usable, wanted, scorer, stop))
-            if stop.is_set():
-                return  # the batch's texts may be cut short
-            for one in batch:
-                result = Failure(one.image, one.reason) if one.reason else next(done)
-                if isinstance(result, Entry) and out is not None:
-                    out.write(result)
-                yield result
+    for batch in read_ahead(batches, read):
+        usable = [one for one in batch if not one.reason]
+        done = iter(_caption(loaded, usable, wanted, scorer, stop))
+        if stop.is_set():
+            return  # the batch's texts may be cut short
+        for one in batch:
+            result = Failure(one.image, one.reason) if one.reason else next(done)
+            if isinstance(result, Entry) and out is not None:
+                out.write(result)
+            yield result
 
 
 @dataclass(frozen=True)
