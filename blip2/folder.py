@@ -10,7 +10,6 @@ the pictures under way, and the same call goes on from there.
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from blip2.generation import StopSignal, describe, generate, num_descriptions
 from blip2.images import ImageError
 from blip2.model import Blip2
 from blip2.novelty import UnknownPictureError
-from blip2.pictures import Captioning, Failure, open_picture
+from blip2.pictures import Captioning, Failure, open_picture, read_ahead
 from blip2.representation import Blip2Representation
 from blip2.sidecars import Entry, Sidecars, Table
 from blip2.vision import ImageFeatures
@@ -71,18 +70,14 @@ def caption_pictures(
     def read(batch: Sequence[str]) -> list[Picture]:
         return [_read(image, pictures[image], loaded, scorer) for image in batch]
 
-    with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(read, batch) for batch in batches[:1]]
-        for index in range(len(batches)):
-            batch = ahead.pop().result()
-            ahead = [pool.submit(read, following) for following in batches[index + 1 : index + 2]]
-            results = caption_batch(loaded, batch, wanted, scorer, stop)
-            if stop.is_set():
-                return  # the batch's texts may be cut short
-            for result in results:
-                if isinstance(result, Entry) and out is not None:
-                    out.write(result)
-                yield result
+    for batch in read_ahead(batches, read):
+        results = caption_batch(loaded, batch, wanted, scorer, stop)
+        if stop.is_set():
+            return  # the batch's texts may be cut short
+        for result in results:
+            if isinstance(result, Entry) and out is not None:
+                out.write(result)
+            yield result
 
 
 @dataclass(frozen=True)

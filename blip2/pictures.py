@@ -1,10 +1,11 @@
 """The pictures of a folder, and what is wanted of each. Without torch, as `blip2.settings` is."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -12,6 +13,9 @@ from blip2.errors import ImageError
 from blip2.images import open_image
 from blip2.settings import Generation
 from blip2.sidecars import FolderError
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".avif")
 
@@ -103,6 +107,16 @@ def find_pictures(folder: str | Path, recursive: bool = False) -> list[str]:
         hint = f"; its folders hold {deeper}, which --recursive takes in" if deeper else ""
         raise FolderError(f"{folder} has no pictures ({', '.join(ENDINGS)}){hint}")
     return sorted(found, key=lambda name: (name.lower(), name))
+
+
+def read_ahead(items: Sequence[Item], read: Callable[[Item], Made]) -> Iterator[Made]:
+    """What `read` makes of each item; while one is worked on the next is read, in a thread."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(read, item) for item in items[:1]]
+        for place in range(len(items)):
+            made = ahead.pop().result()
+            ahead = [pool.submit(read, following) for following in items[place + 1 : place + 2]]
+            yield made
 
 
 def open_picture(image: str, path: Path) -> Image.Image:

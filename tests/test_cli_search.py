@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
+from serving import tiny_checkpoints
 
 import blip2.cli.search
-from blip2.checkpoint import load, save
+from blip2.checkpoint import load
 from blip2.cli import main
-from blip2.processing import Processor
 from blip2.representation import Blip2Representation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,12 +21,7 @@ TEXT = "a red circle"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    for family in ("retrieval", "opt"):
-        words = tiny.language_family(family)
-        processor = Processor(
-            tiny.tokenizer(words), family=words, image_size=tiny.IMAGE_SIZE, num_query_tokens=tiny.NUM_QUERIES
-        )
-        save(tiny.ours(family), processor, root / family)
+    tiny_checkpoints(root)
     return root
 
 
@@ -49,7 +43,7 @@ def run(capsys, models):
 
     def run(*words, code=0):
         capsys.readouterr()
-        words = [str(models / "retrieval") if word == "@" else str(word) for word in words]
+        words = [str(models / "scenes-itm") if word == "@" else str(word) for word in words]
         assert main(words) == code, capsys.readouterr().err
         return capsys.readouterr()
 
@@ -65,7 +59,7 @@ def test_index_and_search(run, album, models, monkeypatch):
     assert said.out == f"{album / '.blip2-index'}: 3 pictures; 3 encoded, 0 kept, 0 gone, 1 failed\n"
     assert "bad.png starts like an image but is truncated" in said.err
     out = run("search", album, TEXT, "--top", "2").out.splitlines()
-    loaded = load(models / "retrieval")
+    loaded = load(models / "scenes-itm")
     names = ["a.png", "b.png", "d.png"]
     image = loaded.model.encode_image(loaded.processor.images([album / name for name in names]))
     tokens = loaded.processor.text([TEXT])
@@ -93,7 +87,7 @@ def test_index_and_search(run, album, models, monkeypatch):
     monkeypatch.setattr(blip2.cli.search, "load_model", None)
     said = run("index", album, "--json")
     assert json.loads(said.out) | {"failed": 0} == {
-        "model": str(models / "retrieval"), "precision": "float32", "index": str(album / ".blip2-index"),
+        "model": str(models / "scenes-itm"), "precision": "float32", "index": str(album / ".blip2-index"),
         "pictures": 3, "encoded": 0, "kept": 3, "gone": [], "failed": 0, "unknown": [],
     }  # fmt: skip
     assert [one["image"] for one in json.loads(said.out)["failed"]] == ["bad.png"]
@@ -150,7 +144,7 @@ def test_stopped_runs_say_so(run, album, monkeypatch):
 )  # fmt: skip
 def test_bad_words(run, album, models, words, code, said):
     index(run, album)
-    (album.parent / "opt").symlink_to(models / "opt")
+    (album.parent / "opt").symlink_to(models / "scenes-opt")
     assert said in run(*words, code=code).err
 
 

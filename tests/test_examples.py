@@ -91,5 +91,5 @@ def test_a_model_is_trained(tmp_path):
     said = run(["train_your_own"], tmp_path / "examples")["train_your_own"]
     print(said)
     found = int(re.search(r"(\d+) of 64 scenes found", said)[1])
-    assert found > 20, "by chance one is found"
+    assert found > 5, "by chance one is found"
     assert len(re.findall(r"^said: \w", said, re.M)) == 5

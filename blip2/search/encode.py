@@ -4,7 +4,6 @@ import hashlib
 import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from blip2.devices import is_out_of_memory
 from blip2.errors import ImageError
 from blip2.generation import StopSignal
 from blip2.images import open_image
+from blip2.pictures import read_ahead
 from blip2.representation import Blip2Representation
 from blip2.search.vectors import Vectors
 
@@ -81,14 +81,10 @@ def encode_pictures(
     def read(batch: Sequence[str]) -> list[_Read]:
         return [_read(image, paths[image], rows, loaded) for image in batch]
 
-    with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(read, batch) for batch in batches[:1]]
-        for place in range(len(batches)):
-            batch = ahead.pop().result()
-            ahead = [pool.submit(read, following) for following in batches[place + 1 : place + 2]]
-            if stop.is_set():
-                return
-            yield _encoded(loaded, batch, force)
+    for batch in read_ahead(batches, read):
+        if stop.is_set():
+            return
+        yield _encoded(loaded, batch, force)
 
 
 def _read(image: str, path: Path, rows: Mapping[str, int], loaded: Loaded) -> _Read:

@@ -18,10 +18,9 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from blip2.checkpoint import Loaded
+from blip2.checkpoint import Loaded, locate
 from blip2.generation import StopSignal
 from blip2.pictures import find_pictures
-from blip2.presets import PRESETS
 from blip2.representation import Blip2Representation
 from blip2.search.encode import BATCH, Picture, encode_pictures
 from blip2.search.store import HEAD, HIDDEN, Head, Index, read_head
@@ -154,18 +153,27 @@ def head_of(loaded: Loaded, folder: Path, place: Path, recursive: bool, before: 
     folder, place = (Path(os.path.normpath(path.absolute())) for path in (folder, place))
     source = os.path.relpath(folder, place) if place.is_relative_to(folder) else str(folder)
     weights, files = weights_of(loaded.folder, before)
-    name = loaded.name.partition("@")[0]  # the app's names may carry a precision
-    named = name in PRESETS or "/" in name  # a Hub id; else it is a folder
     return Head(
         folder=source,
         recursive=recursive,
-        model=name if named else str(loaded.folder.absolute()),
+        model=_name_of(loaded),
         precision=loaded.precision,
         weights=weights,
         files=files,
         queries=model.query_tokens.shape[1],
         width=model.vision_projection.out_features,
     )
+
+
+def _name_of(loaded: Loaded) -> str:
+    """What finds the model again, from wherever: its name, or its folder if the name stands for another."""
+    name = loaded.name.partition("@")[0]  # the app's names may carry a precision
+    try:
+        _, found = locate(name, local_files_only=True, precision=loaded.precision)
+    except ValueError:
+        return str(loaded.folder.absolute())
+    own = found.resolve() == loaded.folder.resolve() and not Path(name).expanduser().is_dir()
+    return name if own else str(loaded.folder.absolute())
 
 
 def weights_of(folder: Path, before: Head | None = None) -> tuple[str, list[list[Any]]]:

@@ -10,16 +10,16 @@ from typing import Any
 
 import gradio as gr
 
-from blip2.pictures import ENDINGS, Failure
+from blip2.pictures import Failure
 from blip2.settings import Generation
 from blip2.sidecars import Entry, IfExists, Sidecars
 from blip2.ui.answers import Progress
 from blip2.ui.parameters import Parameters
-from blip2.ui.pile import RECURSIVE, Pile, Row, Settings
+from blip2.ui.pile import Pile, Row, Settings
 from blip2.ui.session import Session
 from blip2.ui.subject import Subject
 from blip2.ui.tab import QUIET, Tab, Updates
-from blip2.ui.wanted import Files, Options
+from blip2.ui.wanted import Options, sources
 from blip2.ui.words import counted, note
 from blip2.ui.work import Work
 
@@ -57,22 +57,12 @@ class FolderTab(Tab):
         super().__init__(work, state, picture)
         models = self.models
         pile = gr.State(Pile())
-        files = Files(
-            label="Pictures",
-            file_count="multiple",
-            file_types=list(ENDINGS),
-            height=150,
-            elem_id="folder-files",
+        files, folder, recursive = sources(
+            models,
+            "Pictures",
+            "folder-files",
+            "texts are written beside the pictures",
         )
-        # on a server of others there is no such thing as "this machine"
-        with gr.Column(visible=models.local, min_width=280):
-            folder = gr.Textbox(
-                label="Or a folder of this machine",
-                placeholder="/home/me/pictures",
-                info="texts are written beside the pictures",
-                max_lines=1,
-            )
-            recursive = gr.Checkbox(False, label=RECURSIVE)
         self.options = Options(models)
         self.parameters = Parameters(Generation.caption(), several=True)
         with gr.Row(elem_classes="actions"):

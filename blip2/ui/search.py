@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from blip2.pictures import ENDINGS
 from blip2.presets import EMBEDDED, find_preset
 from blip2.sidecars import FolderError
 from blip2.ui.album import Album
@@ -22,7 +21,7 @@ from blip2.ui.session import Session
 from blip2.ui.stop import Stop
 from blip2.ui.subject import Subject
 from blip2.ui.tab import QUIET, Tab, Updates
-from blip2.ui.wanted import Files, matching
+from blip2.ui.wanted import matching, sources
 from blip2.ui.words import counted, note
 from blip2.ui.work import Work
 
@@ -54,22 +53,12 @@ class SearchTab(Tab):
         super().__init__(work, state, picture)
         models = self.models
         album = gr.State(Album())
-        files = Files(
-            label="Pictures to search",
-            file_count="multiple",
-            file_types=list(ENDINGS),
-            height=150,
-            elem_id="search-files",
+        files, folder, recursive = sources(
+            models,
+            "Pictures to search",
+            "search-files",
+            "its index is kept in it, in .blip2-index; only new pictures are read again",
         )
-        # on a server of others there is no such thing as "this machine"
-        with gr.Column(visible=models.local, min_width=280):
-            folder = gr.Textbox(
-                label="Or a folder of this machine",
-                placeholder="/home/me/pictures",
-                info="its index is kept in it, in .blip2-index; only new pictures are read again",
-                max_lines=1,
-            )
-            recursive = gr.Checkbox(False, label=RECURSIVE)
         self.text = gr.Textbox(
             label="What to look for", placeholder="a red circle", max_lines=3, elem_id="search-text"
         )

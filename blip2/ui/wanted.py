@@ -5,7 +5,7 @@ from typing import Any
 import gradio as gr
 from gradio.data_classes import ListFiles
 
-from blip2.pictures import Captioning
+from blip2.pictures import ENDINGS, Captioning
 from blip2.presets import EMBEDDED, PRESETS
 from blip2.settings import Generation
 from blip2.sidecars import SIDECARS
@@ -13,6 +13,7 @@ from blip2.ui.cards import caption_prompt
 from blip2.ui.errors import question
 from blip2.ui.files import UploadsOnly, no_stub
 from blip2.ui.models import Models
+from blip2.ui.pile import RECURSIVE
 
 with no_stub():
 
@@ -36,6 +37,24 @@ def matching(models: Models) -> list[tuple[str, str]]:
         for preset in PRESETS.values()
         if preset.kind == "match" and (models.local or preset.name in EMBEDDED)
     ]
+
+
+def sources(models: Models, label: str, elem_id: str, info: str) -> tuple[Files, gr.Textbox, gr.Checkbox]:
+    """Where pictures come from: dropped files; or a folder, and whether the folders in it count, too.
+
+    Args:
+        models: the shelf; a server of others has no such thing as "this machine".
+        label: of the files.
+        elem_id: of the files.
+        info: what happens to a folder.
+    """
+    files = Files(label=label, file_count="multiple", file_types=list(ENDINGS), height=150, elem_id=elem_id)
+    with gr.Column(visible=models.local, min_width=280):
+        folder = gr.Textbox(
+            label="Or a folder of this machine", placeholder="/home/me/pictures", info=info, max_lines=1
+        )
+        recursive = gr.Checkbox(False, label=RECURSIVE)
+    return files, folder, recursive
 
 
 class Options:
