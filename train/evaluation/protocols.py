@@ -132,8 +132,11 @@ def read_data(
     if task.drawn:
         if images is not None or any(given.values()):
             raise AnnotationError(f"{name} draws its pictures and reads no files; leave them out")
-        draw = {"vqa": scenes.questions, "caption": scenes.captions, "retrieval": scenes.pairs}[task.kind]
-        data = draw(num_scenes, split, **({"unseen": unseen} if task.kind == "vqa" else {"tuned": tuned}))
+        if task.kind == "vqa":
+            data = scenes.questions(num_scenes, split, unseen=unseen)
+        else:
+            draw = scenes.captions if task.kind == "caption" else scenes.pairs
+            data = draw(num_scenes, split, tuned=tuned)
         return DataSet(data.examples[:limit], data.picture)
     secret = name == "vqav2" and split != "val"  # the server keeps the answers
     for option, such_as in task.files.items():
