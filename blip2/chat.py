@@ -106,6 +106,7 @@ def framed(
 
     dropped = bisect_left(range(len(history)), True, key=fits)
     if dropped == len(history) and not fits(dropped):
+        processor.text(prompt(dropped))  # which says so where the question alone is too long
         raise PromptError(
             f"the question and an answer of {max_new_tokens} tokens do not fit this model's "
             f"{processor.context}: shorten the question or lower max_new_tokens"

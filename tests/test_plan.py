@@ -217,6 +217,7 @@ def test_stage2_with_vitl(name, batch):
     assert len({make().output for make in RECIPES.values()}) == len(RECIPES)
 
 
+@pytest.mark.long
 def test_stage1_fits_the_papers_machines():
     """105 pairs a GPU on 16 A100s of 40 GB, as the paper had it."""
     found = plan.plan(recipes.stage1_vitg(), "stage1-vitg", nodes=2)

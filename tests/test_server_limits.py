@@ -195,6 +195,7 @@ def test_other_refusals(server):
 # --- its description, and what does not fit it ---
 
 
+@pytest.mark.long
 def test_nothing_that_fits_or_breaks_the_description_fails_the_server(server):
     counts = explore(server, 12)
     assert sum(counts.values()) > 30 and counts["200"] > 5 and counts["400"] > 5
