@@ -38,6 +38,7 @@ def stop(*_):
 # --- folders with random weights ---
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", ["mid", "mid-t5", "mid-itm"])
 def test_transformers_reads_all_of_it_and_nothing_else(made, size):
     kind = Blip2ForImageTextRetrieval if size == "mid-itm" else Blip2ForConditionalGeneration
@@ -49,6 +50,7 @@ def test_transformers_reads_all_of_it_and_nothing_else(made, size):
         assert not torch.equal(language.lm_head.weight, language.shared.weight)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("size", ["mid", "mid-t5"])
 def test_random_model_answers_as_transformers_does(made, size):
     """And says several words, which depend on the picture: else equal answers would show little."""
@@ -64,6 +66,7 @@ def test_random_model_answers_as_transformers_does(made, size):
     )
 
 
+@pytest.mark.long
 def test_random_scores_are_those_of_transformers(made):
     ours, theirs = (side(made["mid-itm"], "float32", CPU) for side in (Ours, Theirs))
     inputs = make_inputs(ours.processor.tokenizer, pictures=1)

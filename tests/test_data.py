@@ -141,6 +141,7 @@ def test_token_tensors_are_padded_to_a_common_length():
     assert joined["pixel_values"].shape == (4, 3, 4, 4) and joined["keys"] == ["a", "b", "a", "b"]
 
 
+@pytest.mark.long
 def test_blend_weights_hold_over_20000_draws(tmp_path, monkeypatch):
     names = ["coco", "vg", "web"]
     folders = [made.make(tmp_path / name, 40, shards=1, size=2) for name in names]

@@ -199,7 +199,7 @@ print("ended", result.step, result.finished)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.long)])
 def test_a_process_that_is_told_to_end(number, tmp_path):
     """SIGTERM: exit code 0 and nothing lost. SIGKILL: the last whole state is there and loads."""
     tests = Path(__file__).parent

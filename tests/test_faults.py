@@ -166,6 +166,7 @@ def endless(folder):
     fit(Toy(), loader(slow), dataclasses.replace(CONFIG, steps=100_000, save_every=1, log_every=1), folder)
 
 
+@pytest.mark.long
 def test_killed_at_twenty_moments(tmp_path):
     """Whatever has a state's name is whole, and the next process goes on from it."""
     chance, steps = random.Random(0), []

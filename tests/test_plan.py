@@ -298,6 +298,7 @@ def test_the_page_has_a_plan_for_every_recipe():
     assert set(TRAINED) == set(plan.PAPER)
 
 
+@pytest.mark.long
 def test_a_plan_on_the_page_is_the_commands():
     assert plan.row("stage2-opt-2-7b-vitl", 2, 80) in rows()
 

@@ -97,6 +97,7 @@ def test_local_links_lead_somewhere(name):
 MARKED = [(language, body) for _, marked, language, body in BLOCKS if marked]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("language", "body"), MARKED, ids=[language for language, _ in MARKED])
 def test_marked_block_runs(language, body):
     if language == "bash":  # one process for all its commands: each would import torch
