@@ -104,7 +104,9 @@ def framed(
     def fits(dropped: int) -> bool:
         return len(processor.tokenizer(prompt(dropped))["input_ids"]) <= room
 
-    dropped = bisect_left(range(len(history)), True, key=fits)
+    dropped = 0  # mostly everything fits
+    if history and not fits(0):
+        dropped = bisect_left(range(len(history)), True, lo=1, key=fits)
     if dropped == len(history) and not fits(dropped):
         processor.text(prompt(dropped))  # which says so where the question alone is too long
         raise PromptError(

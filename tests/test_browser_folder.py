@@ -7,7 +7,7 @@ import re
 import zipfile
 
 import pytest
-from browsing import MARKS, PATIENCE, button, draw, expect, set_lengths, settle
+from browsing import MARKS, PATIENCE, button, draw, draw_all, expect, set_lengths, settle
 
 pytestmark = MARKS
 NAMES = ["a.png", "b.png", "bad.png", "c.png", "d.png", "<b>e<b>.png", "a.png"]
@@ -16,12 +16,7 @@ NAMES = ["a.png", "b.png", "bad.png", "c.png", "d.png", "<b>e<b>.png", "a.png"]
 @pytest.fixture
 def pictures(tmp_path):
     """Seven: one broken, two of the same name, one named like HTML."""
-    made = []
-    for place, name in enumerate(NAMES):
-        (tmp_path / str(place)).mkdir()
-        made.append(draw(tmp_path / str(place) / name, place))
-    made[2].write_bytes(b"\x89PNG not really")
-    return made
+    return draw_all(tmp_path, NAMES)
 
 
 def open_folder(page):

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from browsing import MARKS, button, draw, expect
+from browsing import MARKS, button, draw, draw_all, expect
 
 pytestmark = MARKS
 NAMES = ["a.png", "bad.png", "<b>c<b>.png", "d.png", "a.png"]
@@ -12,12 +12,7 @@ NAMES = ["a.png", "bad.png", "<b>c<b>.png", "d.png", "a.png"]
 @pytest.fixture
 def pictures(tmp_path):
     """Five: one broken, two of the same name, one named like HTML."""
-    made = []
-    for place, name in enumerate(NAMES):
-        (tmp_path / str(place)).mkdir()
-        made.append(draw(tmp_path / str(place) / name, place))
-    made[1].write_bytes(b"\x89PNG not really")
-    return made
+    return draw_all(tmp_path, NAMES)
 
 
 def open_search(page, files=()):

@@ -13,6 +13,7 @@ import tiny
 import torch
 from filelock import FileLock
 from PIL import Image
+from uploading import counting
 
 from blip2.checkpoint import load, save
 from blip2.errors import PromptError, UnknownPictureError
@@ -68,14 +69,7 @@ def folder(tmp_path):
 @pytest.fixture
 def encoded(monkeypatch):
     """How many pictures were encoded, each time."""
-    encode, sizes = Blip2Representation.encode_image, []
-
-    def counted(self, pixel_values):
-        sizes.append(len(pixel_values))
-        return encode(self, pixel_values)
-
-    monkeypatch.setattr(Blip2Representation, "encode_image", counted)
-    return sizes
+    return counting(monkeypatch, Blip2Representation, [])
 
 
 def truth(loaded, folder, names, text):
@@ -287,7 +281,7 @@ def test_a_batch_that_does_not_fit_is_halved(loaded, folder, monkeypatch):
         return encode(self, pixels)
 
     monkeypatch.setattr(Blip2Representation, "encode_image", small)
-    assert index_folder(loaded, folder).pictures == 7 and sizes == [7, 4, 2, 2, 3, 2, 1]
+    assert index_folder(loaded, folder).pictures == 7 and sizes == [7, 3, 1, 2, 4, 2, 2]
     monkeypatch.undo()
     found = search(loaded, Index(folder), TEXT, k=7)
     assert [one.score for one in found] == pytest.approx(

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import gradio as gr
 import httpx
-import numpy as np
 import pytest
 import torch
 from PIL import Image
+from uploading import counting, draw, uploads
 
 from blip2.folder import caption_pictures
 from blip2.generation import Generation, generate
@@ -68,30 +68,13 @@ class Sizes(list):
 @pytest.fixture
 def encoded(monkeypatch):
     """How many pictures were encoded, each time."""
-    encode, sizes = Blip2.encode_image, Sizes()
-
-    def counted(self, pixels):
-        sizes.append(len(pixels))
-        return encode(self, pixels)
-
-    monkeypatch.setattr(Blip2, "encode_image", counted)
-    return sizes
-
-
-def draw(path, seed):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
+    return counting(monkeypatch, Blip2, Sizes())
 
 
 @pytest.fixture
 def dropped(tmp_path):
     """Seven files as uploads lie: two of the same name, one broken, one with a name that is HTML."""
-    names = ["a.png", "b.png", "a.png", "c.jpg", "bad.png", "c.png"]
-    files = [(str(draw(tmp_path / str(place) / name, place)), name) for place, name in enumerate(names)]
-    Path(files[4][0]).write_bytes(b"\x89PNG not really")
-    return [*files, (str(draw(tmp_path / "6" / "evil.png", 6)), EVIL)]
+    return uploads(tmp_path, ["a.png", "b.png", "a.png", "c.jpg", "bad.png", "c.png"], EVIL)
 
 
 def values(tab, **changes):

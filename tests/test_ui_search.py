@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 
 import gradio as gr
-import numpy as np
 import pytest
 import torch
 import zerogpu
-from PIL import Image
+from uploading import counting, draw, uploads
 
 from blip2.novelty import Novelty
 from blip2.representation import Blip2Representation
@@ -51,30 +50,13 @@ def tabs(shelf):
 
 @pytest.fixture
 def encoded(monkeypatch):
-    encode, sizes = Blip2Representation.encode_image, []
-
-    def counted(self, pixels):
-        sizes.append(len(pixels))
-        return encode(self, pixels)
-
-    monkeypatch.setattr(Blip2Representation, "encode_image", counted)
-    return sizes
-
-
-def draw(path, seed):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
+    return counting(monkeypatch, Blip2Representation, [])
 
 
 @pytest.fixture
 def dropped(tmp_path):
     """Six files as uploads lie: two of the same name, one broken, one with a name that is HTML."""
-    names = ["a.png", "b.png", "a.png", "bad.png", "c.png"]
-    files = [(str(draw(tmp_path / str(place) / name, place)), name) for place, name in enumerate(names)]
-    Path(files[3][0]).write_bytes(b"\x89PNG not really")
-    return [*files, (str(draw(tmp_path / "5" / "evil.png", 5)), EVIL)]
+    return uploads(tmp_path, ["a.png", "b.png", "a.png", "bad.png", "c.png"], EVIL)
 
 
 def run(tab, album, files=(), folder="", text=TEXT, picture=(None, ""), by_picture=False, **changes):

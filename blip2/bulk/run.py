@@ -187,23 +187,17 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
 @contextmanager
 def _alone(out: Destination) -> Iterator[None]:
     """Refuse a second run at the same local destination while the block lasts; a killed one holds nothing."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
     if not out.units.local:
         yield
         return
+    from filelock import FileLock, Timeout  # torch's own dependency
+
     Path(out.units.root).mkdir(parents=True, exist_ok=True)
-    with Path(out.units.path("lock")).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BulkError(
-                f"another run is writing to {out.settings.out}: wait for it, or stop it"
-            ) from None
-        yield
+    try:
+        with FileLock(out.units.path("lock"), timeout=0):
+            yield
+    except Timeout:
+        raise BulkError(f"another run is writing to {out.settings.out}: wait for it, or stop it") from None
 
 
 # ---------------------------------------------------------------- where

@@ -6,8 +6,7 @@ unit's report.
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from blip2.bulk.results import Destination
@@ -19,7 +18,7 @@ from blip2.bulk.unit import Row, Sample, Unit
 from blip2.errors import ImageError
 from blip2.folder import Picture
 from blip2.images import open_image
-from blip2.pictures import Failure
+from blip2.pictures import Failure, read_ahead
 
 
 class Work:
@@ -77,25 +76,18 @@ class Work:
         """A batch of rows at a time: each row, what it was read as, and what became of it."""
         size = self.settings.batch_size
         batches = [found[start : start + size] for start in range(0, len(found), size)]
-        ahead = [self._read(batch) for batch in batches[:1]]
-        for number, batch in enumerate(batches):
-            items = list(chain.from_iterable(part.result() for part in ahead.pop()))
-            ahead = [self._read(following) for following in batches[number + 1 : number + 2]]
+        for number, items in enumerate(read_ahead(batches, self._read)):
             usable = [item for item in items if not item.picture.reason]
             made = iter(self.task(usable, f"{unit.number} {number}") if usable else ())
             results = [
                 Failure(item.picture.image, item.picture.reason) if item.picture.reason else next(made)
                 for item in items
             ]
-            yield list(zip(batch, items, results, strict=True))
+            yield list(zip(batches[number], items, results, strict=True))
 
-    def _read(self, batch: Sequence[Row]) -> list["Future[list[Item]]"]:
-        """Have the threads read a batch, an equal part each."""
-        part = -(-len(batch) // self.threads)
-        return [
-            self.pool.submit(lambda some: [self._item(row) for row in some], batch[start : start + part])
-            for start in range(0, len(batch), part)
-        ]
+    def _read(self, batch: Sequence[Row]) -> list[Item]:
+        """Have the threads read a batch."""
+        return list(self.pool.map(self._item, batch))
 
     def _item(self, row: Row) -> Item:
         try:

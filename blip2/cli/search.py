@@ -11,7 +11,7 @@ from blip2.cli.console import Console, UsageError, table
 from blip2.cli.models import about, load_model, model_name, note_unknown_words
 from blip2.errors import CheckpointError, PromptError
 from blip2.images import open_image
-from blip2.pictures import find_pictures
+from blip2.pictures import counted, find_pictures
 from blip2.search.index import Summary, changed, check_model, indexing, weights_of
 from blip2.search.query import Found, search
 from blip2.search.store import HEAD, HIDDEN, Head, Index, read_head
@@ -51,7 +51,7 @@ def index(args: argparse.Namespace, console: Console) -> int:
         finally:
             if done < len(going.left):
                 left = len(going.left) - done
-                console.note(f"{counted(done)} done, {left} left: the same command goes on")
+                console.note(f"{counted(done, 'picture')} done, {left} left: the same command goes on")
     return _report(going.summary, about(loaded), console)
 
 
@@ -95,7 +95,7 @@ def _report(summary: Summary, facts: dict[str, Any], console: Console) -> int:
     if len(failed) > SHOWN:
         console.error(f"and {len(failed) - SHOWN} more, which --json lists")
     if unknown:
-        kind = f"{counted(len(unknown))} left out, of a kind that {facts['model']} does not know"
+        kind = f"{counted(len(unknown), 'picture')} left out, of a kind that {facts['model']} does not know"
         console.error(f"{kind}: index with a released model, --model blip2-itm-vit-g, or with --force")
     document = facts | {
         "index": str(summary.place),
@@ -107,16 +107,11 @@ def _report(summary: Summary, facts: dict[str, Any], console: Console) -> int:
         "unknown": [picture.image for picture in unknown],
     }
     line = (
-        f"{summary.place}: {counted(summary.pictures)}; {summary.encoded} encoded, {summary.kept} kept, "
-        f"{len(summary.gone)} gone, {len(failed)} failed"
+        f"{summary.place}: {counted(summary.pictures, 'picture')}; {summary.encoded} encoded, "
+        f"{summary.kept} kept, {len(summary.gone)} gone, {len(failed)} failed"
     )
     console.show(document, [line])
     return int(summary.pictures == 0)
-
-
-def counted(pictures: int) -> str:
-    """`1 picture`, `2 pictures`."""
-    return f"{pictures} picture{'s' * (pictures != 1)}"
 
 
 # --- search ---

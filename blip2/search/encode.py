@@ -5,13 +5,15 @@ import stat
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from blip2 import folder
 from blip2.checkpoint import Loaded
-from blip2.devices import is_out_of_memory
+from blip2.devices import in_halves
 from blip2.errors import ImageError
 from blip2.generation import StopSignal
 from blip2.images import open_image
@@ -110,39 +112,23 @@ def _encoded(loaded: Loaded, batch: list[_Read], force: bool) -> tuple[list[Pict
     going = [one for one in batch if one.pixel_values is not None]
     if not going:
         return pictures, None
-    feats, unknown = _encode(
-        loaded, torch.cat([one.pixel_values for one in going if one.pixel_values is not None])
-    )
-    finite = feats.flatten(1).isfinite().all(1)
-    fine = []
-    for place, one in enumerate(going):
-        if not finite[place]:
+    fine, feats = [], []
+    for one, (own, unknown) in zip(going, in_halves(partial(_encode, loaded), going), strict=True):
+        if not own.isfinite().all():
             pictures.append(replace(one.picture, reason=f"{one.picture.image}: {NO_NUMBERS}."))
-        elif unknown[place] and not force:
-            assert loaded.novelty is not None
-            reason = (
-                f"{loaded.name} knows {loaded.novelty.knows} only, and this picture does not look like one"
-            )
-            pictures.append(replace(one.picture, reason=reason, unknown=True))
+        elif unknown and not force:
+            pictures.append(replace(one.picture, reason=unknown, unknown=True))
         else:
-            fine.append(place)
-    pictures += [going[place].picture for place in fine]
-    return pictures, Vectors.of(feats[fine]) if fine else None
+            fine.append(one.picture)
+            feats.append(own)
+    return pictures + fine, Vectors.of(torch.stack(feats)) if feats else None
 
 
 @torch.no_grad()
-def _encode(loaded: Loaded, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-    """Features, float (B, Q, E), and whether the model does not know the picture's kind, bool (B,)."""
+def _encode(loaded: Loaded, batch: Sequence[_Read]) -> list[tuple[Tensor, str]]:
+    """Of each picture its features, float (Q, E), and why the model does not know it, or ""."""
     assert isinstance(loaded.model, Blip2Representation)
-    try:
-        seen = loaded.model.encode_image(pixel_values.to(loaded.device))
-        assert seen.query_output is not None
-        unknown = torch.zeros(len(seen), dtype=torch.bool)
-        if loaded.novelty is not None:
-            unknown = loaded.novelty.is_unknown(seen).cpu()
-        return loaded.model.image_feats(seen.query_output).cpu(), unknown
-    except (MemoryError, RuntimeError) as error:
-        if len(pixel_values) == 1 or not is_out_of_memory(error):
-            raise
-    halves = [_encode(loaded, half) for half in pixel_values.split(-(-len(pixel_values) // 2))]
-    return torch.cat([feats for feats, _ in halves]), torch.cat([unknown for _, unknown in halves])
+    seen = folder.encode_pictures(loaded, [one.pixel_values for one in batch])
+    assert seen.query_output is not None
+    feats = loaded.model.image_feats(seen.query_output).cpu()
+    return list(zip(feats, folder.unknown_pictures(loaded, seen), strict=True))

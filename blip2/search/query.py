@@ -24,7 +24,7 @@ OPENED = 8  # pictures at a time, where they are looked at again
 
 
 class Collection(Protocol):
-    """What is searched: a `blip2.store.Index`, or pictures in memory."""
+    """What is searched: a `blip2.search.store.Index`, or pictures in memory."""
 
     @property
     def vectors(self) -> Vectors:
