@@ -1,5 +1,6 @@
 """Tests run offline: only this machine's loopback can be reached, unless a test is marked `network`."""
 
+import gc
 import ipaddress
 import os
 import socket
@@ -10,6 +11,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the collector need not look through it again and again."""
+    gc.freeze()
 
 
 def _is_local(host: object) -> bool:

@@ -226,16 +226,8 @@ def test_meteor(monkeypatch):
     assert not [line for line in children() if "meteor" in line]
 
 
-@pytest.fixture
-def light_gc():
-    """gc.collect() looks at what a test made, not at all that is imported: a third of a second."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.mark.parametrize("script", ["echo 'no room' >&2; exit 1", "read line; echo 'no room' >&2; echo no"])
-def test_meteor_that_fails_is_left_out_and_ended(tmp_path, monkeypatch, light_gc, script):
+def test_meteor_that_fails_is_left_out_and_ended(tmp_path, monkeypatch, script):
     monkeypatch.delenv("JAVA_TOOL_OPTIONS", raising=False)
     broken_java(tmp_path, monkeypatch, script)
     truths = {name: [texts[0]] for name, texts in REFERENCES.items()}
@@ -246,7 +238,7 @@ def test_meteor_that_fails_is_left_out_and_ended(tmp_path, monkeypatch, light_gc
     assert not [line for line in children() if "meteor" in line]
 
 
-def test_interrupted_meteor_is_ended(tmp_path, monkeypatch, light_gc):
+def test_interrupted_meteor_is_ended(tmp_path, monkeypatch):
     broken_java(tmp_path, monkeypatch, "exec sleep 60")
 
     def interrupted(self, truths, told):
