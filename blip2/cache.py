@@ -64,11 +64,16 @@ class KeyValues:
 
     def repeat(self, copies: int) -> None:
         """Copy every row, one behind the other."""
-        self.layers = [layer.repeat_interleave(copies, dim=1) for layer in self.layers]
+        if self.layers:
+            rows = torch.arange(self.layers[0].shape[1], device=self.layers[0].device)
+            self.keep(rows.repeat_interleave(copies))
 
     def keep(self, rows: Tensor) -> None:
-        """Only these rows, int (N,)."""
-        self.layers = [layer.index_select(1, rows) for layer in self.layers]
+        """Only these rows, int (N,), each as often as it is there."""
+        for index, layer in enumerate(self.layers):
+            new = self.layers[index] = layer.new_empty((2, len(rows), *layer.shape[2:]))
+            said = slice(self.length)  # what lies behind is not copied
+            torch.index_select(layer[:, :, :, said], 1, rows, out=new[:, :, :, said])
 
     def reorder(self, rows: Tensor, since: int) -> None:
         """Row i becomes row rows[i], int (N,), where the first `since` tokens of both are the same."""

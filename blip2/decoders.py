@@ -18,6 +18,8 @@ from .language import Bridge
 from .packed import PackedLinear, activated
 from .static import StaticStep, static_step, wanted
 
+ALIKE = 1.25  # prompts up to so many times as long as the shortest are encoded together
+
 
 class Decoder:
     """A language model and what it has read of N rows.
@@ -253,6 +255,31 @@ class T5Decoder(Decoder):
     def reorder(self, rows: Tensor) -> None:
         """See `Decoder.reorder`."""
         self.past.reorder(rows, 1)
+
+
+def encode(encoder: nn.Module, embeds: Tensor, mask: Tensor) -> Tensor:
+    """A language model's encoder; a CPU reads prompts of about one length together: padding costs it time.
+
+    Args:
+        encoder: of a language model, such as T5's.
+        embeds: float (N, S, L).
+        mask: int (N, S), 1 for real tokens.
+
+    Returns:
+        Its output, float (N, S, L); behind a prompt's end it means nothing.
+    """
+    lengths = mask.sum(1).tolist()
+    padded_behind = bool((mask.diff(dim=1) <= 0).all())
+    if embeds.device.type != "cpu" or min(lengths) == max(lengths) or not padded_behind:
+        return encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    encoded = torch.zeros_like(embeds)
+    rows = sorted(range(len(lengths)), key=lengths.__getitem__)
+    while rows:
+        alike = [row for row in rows if lengths[row] <= ALIKE * lengths[rows[0]]]
+        rows, longest = rows[len(alike) :], lengths[alike[-1]]
+        output = encoder(inputs_embeds=embeds[alike, :longest], attention_mask=mask[alike, :longest])
+        encoded[alike, :longest] = output.last_hidden_state
+    return encoded
 
 
 class LibraryDecoder(Decoder):

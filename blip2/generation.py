@@ -22,10 +22,11 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from .beams import beam_search
 from .cache import KeyValues, LibraryKeyValues
-from .decoders import Decoder, LibraryDecoder, OPTDecoder, T5Decoder
+from .decoders import Decoder, LibraryDecoder, OPTDecoder, T5Decoder, encode
 from .model import Blip2
 from .processing import Processor
 from .settings import Generation
@@ -184,11 +185,12 @@ def read_prompt(
     inputs = bridge.prompt(soft, ids, mask)
     embeds, mask = inputs["inputs_embeds"], inputs["attention_mask"]
     if not model.is_decoder_only:
-        encoded = language.get_encoder()(inputs_embeds=embeds, attention_mask=mask)
+        encoded = encode(language.get_encoder(), embeds, mask)
         start = language.generation_config.decoder_start_token_id
         if T5Decoder.fits(language):
-            return T5Decoder(language, encoded.last_hidden_state, mask, start, generation.max_new_tokens)
-        state = {"encoder_outputs": encoded, "decoder_input_ids": torch.full_like(ids[:, :1], start)}
+            return T5Decoder(language, encoded, mask, start, generation.max_new_tokens)
+        output = BaseModelOutput(last_hidden_state=encoded)
+        state = {"encoder_outputs": output, "decoder_input_ids": torch.full_like(ids[:, :1], start)}
         return LibraryDecoder(bridge, state, mask, EncoderDecoderCache(DynamicCache(), DynamicCache()))
     kept = cache.keep(ids[0].tolist(), soft.shape[1])
     decoder: Decoder

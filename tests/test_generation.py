@@ -7,6 +7,7 @@ import tiny
 import torch
 
 from blip2 import decoders
+from blip2.cache import KeyValues
 from blip2.generation import Generation, TextCache, decode, generate
 from blip2.processing import Processor
 
@@ -203,3 +204,37 @@ def test_stop_ends_every_method():
 def test_settings_that_cannot_be_followed(settings):
     with pytest.raises(ValueError, match=next(key for key in reversed(settings))):
         Generation(**settings)
+
+
+def test_prompts_of_one_length_are_encoded_together():
+    encoder = tiny.ours("t5").eval().language_model.get_encoder()
+    lengths = torch.tensor([10, 30, 11, 12, 28])
+    mask = (torch.arange(30) < lengths[:, None]).long()
+    embeds = torch.randn(5, 30, encoder.config.d_model, generator=torch.Generator().manual_seed(0))
+    whole = encoder(inputs_embeds=embeds, attention_mask=mask).last_hidden_state
+    shapes = []
+    hook = encoder.register_forward_hook(
+        lambda _, args, kwargs, out: shapes.append(out[0].shape[:2]), with_kwargs=True
+    )
+    parts = decoders.encode(encoder, embeds, mask)
+    assert shapes == [(3, 12), (2, 30)]
+    torch.testing.assert_close(parts[mask.bool()], whole[mask.bool()], atol=1e-5, rtol=0)
+    for other in (torch.ones_like(mask), mask.flip(1)):  # nothing to gain; padding in front
+        del shapes[:]
+        decoders.encode(encoder, embeds, other)
+        assert shapes == [(5, 30)]
+    hook.remove()
+
+
+def test_rows_are_copied_as_far_as_they_were_read():
+    past = KeyValues()
+    keys, values = torch.randn(2, 3, 2, 5, 4).unbind()
+    past.write(0, keys, values)
+    past.length = 5
+    past.repeat(2)
+    past.keep(torch.tensor([1, 4, 5]))
+    more = torch.randn(3, 2, 1, 4)
+    found = past.write(0, more, -more)
+    rows = [0, 2, 2]
+    torch.testing.assert_close(found[0], torch.cat([keys[rows], more], 2))
+    torch.testing.assert_close(found[1], torch.cat([values[rows], -more], 2))
