@@ -86,10 +86,14 @@ def serving(
 
 
 @contextmanager
-def process(*arguments: str, slow: bool = False) -> Iterator[tuple[subprocess.Popen, int]]:
-    """`blip2 serve` as a process of its own, and its port; with slow tokens if wanted."""
+def process(
+    *arguments: str, slow: bool = False, threads: int | None = 1
+) -> Iterator[tuple[subprocess.Popen, int]]:
+    """`blip2 serve` as a process of its own, and its port; with slow tokens if wanted; None for all threads."""
     command = [__file__] if slow else ["-m", "blip2", "serve"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment.pop("OMP_NUM_THREADS", None)
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     child = subprocess.Popen(
         [sys.executable, "-u", *command, *arguments], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

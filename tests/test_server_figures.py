@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
-from asking import MODELS, Running, alone, body, drawn, explore, image, process, said, serving
+from asking import MODELS, Running, alone, body, drawn, explore, image, post, process, said
 
 COLOR = "what color is the circle?"
 
@@ -27,32 +27,39 @@ def test_signal_lets_requests_end(number):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("threads", [None, 1])
 @pytest.mark.parametrize("model", MODELS)
-def test_64_at_once(model):
-    """Every request is about a picture of its own, which the server has not seen."""
+def test_64_at_once(model, threads):
+    """Every request is about a picture of its own, which the server has not seen or has forgotten."""
     scenes = [drawn(64, start) for start in (0, 1000, 2000)]
-    with serving(model) as running, ThreadPoolExecutor(64) as pool:
+    asked = [
+        [body(question, image(picture), model=model, force=True) for picture, question, _ in some]
+        for some in (drawn(3, 3000), *scenes)
+    ]
+    with process("--model", model, threads=threads) as (_, port), ThreadPoolExecutor(64) as pool:
+        running = Running(None, [], port)
 
-        def answer(scene):
-            picture, question, _ = scene
-            return said(running, question, image(picture), model=model, force=True)
+        def answer(document):
+            status, found, _ = post(running, document)
+            assert status == 200, found
+            return found["choices"][0]["message"]["content"]
 
-        list(map(answer, drawn(3, 3000)))
+        list(map(answer, asked[0]))
         seconds, answers = [], []
-        for ask, some in ((map, scenes[0]), (pool.map, scenes[1]), (map, scenes[2])):
+        for ask, some in ((map, 1), (pool.map, 2), (map, 3), (map, 2)):
             start = time.perf_counter()
-            answers.append(list(ask(answer, some)))
+            answers.append(list(ask(answer, asked[some])))
             seconds.append(time.perf_counter() - start)
-        running.workers[0]._pictures.clear()
-        again = list(map(answer, scenes[1]))
+    again = answers.pop()
     right = [
         sum(text.strip(" .") == true for text, (_, _, true) in zip(*pair, strict=True))
         for pair in zip(answers, scenes, strict=True)
     ]
     rates = [64 / second for second in seconds]
+    single = rates[0], *rates[2:]
     print(
-        f"\n{model}: one at a time {rates[0]:.1f} and {rates[2]:.1f} requests/s, 64 at once {rates[1]:.1f}: "
-        f"{rates[1] / max(rates[0], rates[2]):.2f} times as many; right {right} of 64, "
+        f"\n{model}, {threads or 'all'} threads: one at a time {min(single):.1f} to {max(single):.1f} requests/s, "
+        f"64 at once {rates[1]:.1f}: {rates[1] / max(single):.2f} times as many; right {right} of 64, "
         f"{sum(map(str.__eq__, answers[1], again))} of 64 equal to those alone"
     )
     assert answers[1] == again
