@@ -125,8 +125,8 @@ def _caption(
     loaded: Loaded, wanted: Captioning, scorer: Loaded | None, stop: StopSignal, batch: Sequence[Picture]
 ) -> list[Entry | Failure]:
     features = encode_pictures(loaded, [one.pixel_values for one in batch])
-    reasons = unknown_pictures(loaded, features)
-    rows = [row for row, reason in enumerate(reasons) if wanted.force or not reason]
+    reasons = [""] * len(batch) if wanted.force else unknown_pictures(loaded, features)
+    rows = [row for row, reason in enumerate(reasons) if not reason]
     captioned = _entries(loaded, [batch[row] for row in rows], features[rows], wanted, scorer, stop)
     entries = dict(zip(rows, captioned, strict=True))
     return [
@@ -187,9 +187,9 @@ def _entries(
     if scorer is not None:
         assert isinstance(scorer.model, Blip2Representation)
         seen = encode_pictures(scorer, [one.scored for one in batch])
-        unknown = unknown_pictures(scorer, seen)
+        unknown = [""] * len(batch) if wanted.force else unknown_pictures(scorer, seen)
         for row, texts in enumerate(captions):
-            if unknown[row] and not wanted.force:
+            if unknown[row]:
                 continue  # a score that means nothing is worse than none
             tokens = scorer.processor.text(texts)
             ids, mask = (tokens[name].to(scorer.device) for name in ("input_ids", "attention_mask"))

@@ -1,7 +1,8 @@
 """One unit of work, from its source to its result: what an actor does.
 
-Rows are read and decoded in threads, a batch ahead of the models. A row that cannot be used is noted in the
-unit's report.
+Rows are read and decoded in threads, a batch ahead of the models; where one core does it all and nothing comes
+over a network, in turns, as threads would only stand in each other's way. A row that cannot be used is noted in
+the unit's report.
 """
 
 import time
@@ -40,7 +41,8 @@ class Work:
         self.images = not settings.texts_only
         self.texts = settings.texts_only or (settings.task == "score" and not settings.texts)
         self.keeps_files = settings.to == "shards"
-        self.pool = ThreadPoolExecutor(threads)
+        waits = threads > 1 or device != "cpu" or "://" in settings.source.address
+        self.pool = ThreadPoolExecutor(threads) if waits else None
 
     def unit(self, unit: Unit, out: Destination) -> dict[str, Any]:
         """Do a unit, whatever is there of it.
@@ -76,7 +78,8 @@ class Work:
         """A batch of rows at a time: each row, what it was read as, and what became of it."""
         size = self.settings.batch_size
         batches = [found[start : start + size] for start in range(0, len(found), size)]
-        for number, items in enumerate(read_ahead(batches, self._read)):
+        read = read_ahead(batches, self._read) if self.pool else map(self._read, batches)
+        for number, items in enumerate(read):
             usable = [item for item in items if not item.picture.reason]
             made = iter(self.task(usable, f"{unit.number} {number}") if usable else ())
             results = [
@@ -86,8 +89,7 @@ class Work:
             yield list(zip(batches[number], items, results, strict=True))
 
     def _read(self, batch: Sequence[Row]) -> list[Item]:
-        """Have the threads read a batch."""
-        return list(self.pool.map(self._item, batch))
+        return list(self.pool.map(self._item, batch) if self.pool else map(self._item, batch))
 
     def _item(self, row: Row) -> Item:
         try:
