@@ -89,7 +89,7 @@ def serving(
 def process(
     *arguments: str, slow: bool = False, threads: int | None = 1
 ) -> Iterator[tuple[subprocess.Popen, int]]:
-    """`blip2 serve` as a process of its own, and its port; with slow tokens if wanted; threads: None for all."""
+    """`blip2 serve` as a process, and its port; with slow tokens if wanted, and all threads for None."""
     command = [__file__] if slow else ["-m", "blip2", "serve"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("OMP_NUM_THREADS", None)

@@ -1,8 +1,8 @@
 """One unit of work, from its source to its result: what an actor does.
 
-Rows are read and decoded in threads, a batch ahead of the models; where one core does it all and nothing comes
-over a network, in turns, as threads would only stand in each other's way. A row that cannot be used is noted in
-the unit's report.
+Rows are read and decoded in threads, a batch ahead of the models; where one core does it all and nothing
+comes over a network, in turns, as threads would only stand in each other's way. A row that cannot be used is
+noted in the unit's report.
 """
 
 import time
