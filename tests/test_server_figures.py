@@ -58,7 +58,7 @@ def test_64_at_once(model, threads):
     rates = [64 / second for second in seconds]
     single = rates[0], *rates[2:]
     print(
-        f"\n{model}, threads: {threads or 'all'}: one at a time {min(single):.1f} to {max(single):.1f} a second, "
+        f"\n{model}, {threads or 'all'} threads: alone {min(single):.1f} to {max(single):.1f} requests/s, "
         f"{rates[1]:.1f} 64 at once: {rates[1] / max(single):.2f} times as many; right {right} of 64, "
         f"{sum(map(str.__eq__, answers[1], again))} of 64 equal to those alone"
     )
