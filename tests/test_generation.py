@@ -238,3 +238,21 @@ def test_rows_are_copied_as_far_as_they_were_read():
     rows = [0, 2, 2]
     torch.testing.assert_close(found[0], torch.cat([keys[rows], more], 2))
     torch.testing.assert_close(found[1], torch.cat([values[rows], -more], 2))
+
+
+@pytest.mark.parametrize("passive", [True, False])
+def test_short_work_is_left_to_one_thread_where_threads_sleep(monkeypatch, passive):
+    monkeypatch.setattr(decoders, "PASSIVE", passive)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model, processor, image = setup("opt")
+        layer = model.language_model.model.decoder.layers[0]
+        seen = {"out_proj": [], "fc1": []}
+        for name, part in (("out_proj", layer.self_attn.out_proj), ("fc1", layer.fc1)):
+            part.register_forward_hook(lambda *_, name=name: seen[name].append(torch.get_num_threads()))
+        said(model, image[0], processor.text(PROMPTS[:1]), Generation(max_new_tokens=3, min_new_tokens=3))
+        assert seen == {"out_proj": [2, 1, 1] if passive else [2, 2, 2], "fc1": [2, 2, 2]}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -45,6 +45,7 @@ LAYERS = [
         "cache",
         "decoders",
         "static",
+        "threads",
         "generation",
         "chat",
         "explain",
