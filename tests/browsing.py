@@ -71,17 +71,6 @@ def draw(path, seed):
     return path
 
 
-def draw_all(folder, names):
-    """A picture for each name, in folders of their own; bad.png is none."""
-    made = []
-    for place, name in enumerate(names):
-        (folder / str(place)).mkdir()
-        made.append(draw(folder / str(place) / name, place))
-        if name == "bad.png":
-            made[-1].write_bytes(b"\x89PNG not really")
-    return made
-
-
 def upload(page, path):
     """Replace the picture."""
     remove = page.locator("#picture").get_by_role("button", name="Remove Image")

@@ -7,7 +7,8 @@ import re
 import zipfile
 
 import pytest
-from browsing import MARKS, PATIENCE, button, draw, draw_all, expect, set_lengths, settle
+from browsing import MARKS, PATIENCE, button, draw, expect, set_lengths, settle
+from uploading import draw_all
 
 pytestmark = MARKS
 NAMES = ["a.png", "b.png", "bad.png", "c.png", "d.png", "<b>e<b>.png", "a.png"]

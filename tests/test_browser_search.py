@@ -3,7 +3,8 @@
 import re
 
 import pytest
-from browsing import MARKS, button, draw, draw_all, expect
+from browsing import MARKS, button, draw, expect
+from uploading import draw_all
 
 pytestmark = MARKS
 NAMES = ["a.png", "bad.png", "<b>c<b>.png", "d.png", "a.png"]

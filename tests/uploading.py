@@ -11,14 +11,18 @@ def draw(path, seed):
     return path
 
 
-def uploads(folder, names, evil):
-    """Files as uploads lie, (path, name) each: bad.png broken, and one more that is called `evil`."""
-    files = [(draw(folder / str(place) / name, place), name) for place, name in enumerate(names)]
-    for path, name in files:
-        if name == "bad.png":
+def draw_all(folder, names):
+    """A picture for each name, in folders of their own; bad.png is none."""
+    made = [draw(folder / str(place) / name, place) for place, name in enumerate(names)]
+    for path in made:
+        if path.name == "bad.png":
             path.write_bytes(b"\x89PNG not really")
-    files.append((draw(folder / str(len(names)) / "evil.png", len(names)), evil))
-    return [(str(path), name) for path, name in files]
+    return made
+
+
+def uploads(folder, names, evil):
+    """Files as uploads lie, (path, name) each, and one more that is called `evil`."""
+    return list(zip(map(str, draw_all(folder, [*names, "evil.png"])), [*names, evil], strict=True))
 
 
 def counting(monkeypatch, model_class, sizes):
