@@ -36,7 +36,7 @@ class Work:
             from blip2.encoders import import_encoder
 
             import_encoder(settings.model.encoder)
-        self.settings, self.threads = settings, threads
+        self.settings = settings
         self.task = make_task(settings, device)
         self.images = not settings.texts_only
         self.texts = settings.texts_only or (settings.task == "score" and not settings.texts)
