@@ -59,6 +59,7 @@ $(BIN)/python:
 
 $(READY): requirements.txt pyproject.toml | $(BIN)/python
 	@echo "Installing what requirements.txt pins (once; some minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1 || true  # pip has one core for it; for other Pythons is what fails
 	@touch $(READY)

@@ -111,6 +111,7 @@ def test_chat_streams_and_stops(visit, app):
     expect(button(page, "Send")).to_be_visible()
 
 
+@pytest.mark.long
 def test_beams_show_progress_and_stop(visit, app):
     page = visit()
     set_lengths(page, 80, 80)
@@ -133,6 +134,7 @@ def test_closed_page_ends_decoding(visit, app):
     assert settle(app) - begun < 70
 
 
+@pytest.mark.long
 def test_regenerate_undo_clear(visit):
     page = visit()
     ask(page, "what color is the circle?")
@@ -209,6 +211,7 @@ def test_two_visitors_do_not_mix(visit, tmp_path):
     assert "one.png" in pictures[0] and "two.png" in pictures[1]
 
 
+@pytest.mark.long
 def test_ignored_settings_are_greyed_out(visit):
     page = visit()
     page.get_by_role("button", name="Parameters").locator("visible=true").click()
@@ -283,6 +286,7 @@ def test_drawing_is_the_picture(visit):
     expect(page.locator("#picture img")).to_have_attribute("src", re.compile("scene-1"))
 
 
+@pytest.mark.long
 def test_erased_drawing_is_no_picture(visit):
     page = visit()
     page.get_by_role("tab", name="Draw").click()
@@ -294,6 +298,7 @@ def test_erased_drawing_is_no_picture(visit):
     sheet(page, "empty")
 
 
+@pytest.mark.long
 def test_drawing_by_finger(visit):
     page = visit(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
     page.get_by_role("tab", name="Draw").click()

@@ -82,6 +82,7 @@ def test_conversations_are_found_again_after_a_reload(visit, tmp_path):
     shown(page, "Nothing yet")
 
 
+@pytest.mark.long
 def test_the_oldest_conversations_leave_a_full_browser(visit):
     page = visit()
     one = {"time": 1, "model": "m", "name": "n", "picture": "data:image/jpeg;base64," + "A" * 999_500}
@@ -95,6 +96,7 @@ def test_the_oldest_conversations_leave_a_full_browser(visit):
     assert [record["id"] for record in kept(page)][1:] == ["4", "3", "2"]
 
 
+@pytest.mark.long
 def test_what_a_browser_kept_wrongly_does_no_harm(visit):
     page = visit()
     bad = [{"id": "x", "turns": [{"question": "<img src=x onerror=alert(1)>"}]}]
@@ -110,6 +112,7 @@ def test_what_a_browser_kept_wrongly_does_no_harm(visit):
     expect(replies(page)).to_have_count(1)
 
 
+@pytest.mark.long
 def test_a_conversation_is_exported(visit, tmp_path):
     page = visit()
     expect(button(page, "Export")).to_be_disabled()

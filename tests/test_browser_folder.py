@@ -175,6 +175,7 @@ def test_a_folder_of_this_machine(visit, app, tmp_path):
     expect(rows).to_have_count(3)
 
 
+@pytest.mark.long
 def test_two_visitors_do_not_mix(visit, pictures):
     one, two = visit(), visit()
     for page, files in ((one, pictures[:2]), (two, pictures[3:5])):
@@ -192,6 +193,7 @@ def test_two_visitors_do_not_mix(visit, pictures):
         assert sorted(row["image"] for row in table) == mine and others not in page.content()
 
 
+@pytest.mark.long
 def test_many_pictures_on_a_phone(visit, tmp_path):
     page = visit(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True)
     rows = open_folder(page)

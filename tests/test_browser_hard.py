@@ -73,6 +73,7 @@ def test_a_hundred_kilobytes_are_refused_and_the_page_lives_on(visit):
     expect(replies(page)).to_have_count(1)
 
 
+@pytest.mark.long
 def test_a_photo_of_fifty_megapixels(visit, tmp_path):
     rows = np.linspace(0, 255, 5774, dtype=np.uint8)[:, None, None]
     path = tmp_path / "huge.jpg"
@@ -84,6 +85,7 @@ def test_a_photo_of_fifty_megapixels(visit, tmp_path):
     expect(replies(page)).to_have_count(1)
 
 
+@pytest.mark.long
 def test_thirty_uploads_in_a_row(visit, tmp_path, app):
     page = visit()
     for number in range(30):

@@ -101,6 +101,7 @@ def test_slow_load_is_cancelled(visit, slow_app, folders):
     ask(page, "what is it?")
 
 
+@pytest.mark.long
 def test_another_choice_during_a_load(visit, slow_app, folders):
     page = visit(slow_app.url)
     pick(page, folders / "mine")

@@ -43,6 +43,7 @@ def test_upload_ask_and_stop(visit, app, tmp_path):
     assert settle(app) - begun < 70
 
 
+@pytest.mark.long
 def test_a_new_picture_begins_a_new_chat(visit, tmp_path):
     page = visit()
     ask(page, "what color is the circle?")
@@ -51,6 +52,7 @@ def test_a_new_picture_begins_a_new_chat(visit, tmp_path):
     expect(replies(page)).to_have_count(0)
 
 
+@pytest.mark.long
 def test_compare(visit):
     page = visit()
     page.get_by_role("tab", name="Compare").click()

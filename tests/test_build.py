@@ -80,6 +80,7 @@ def test_captions_name_what_is_there():
     assert figures["relations true"] > 0.8
 
 
+@pytest.mark.long
 def test_retrieval_finds_its_own():
     figures = evaluate.retrieval(load("scenes-itm"), 24, "validation")
     assert figures["ITC image to text R@1"] > 0.9 and figures["ITC text to image R@1"] > 0.9

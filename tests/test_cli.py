@@ -726,6 +726,7 @@ def test_bad_use_does_not_wait_for_torch(tmp_path):
     assert done.returncode == 2 and time.perf_counter() - start < 5
 
 
+@pytest.mark.long
 def test_real_process_says_nothing_but_the_result(folder):
     """No notice of any library reaches either stream, in a folder that is not the repository."""
     command = [sys.executable, "-m", "blip2", "ask", "a.png", "what color?", "--model", "t5", "--json"]

@@ -139,7 +139,7 @@ def test_a_folder_with_a_table(tmp_path):
     assert {path.name: path.stat().st_mtime_ns for path in (folder / "shards").glob("*.tar")} == before
 
 
-def test_folders_that_cannot_be_trained_on(tmp_path, parts, capsys):
+def test_folders_that_cannot_be_trained_on(tmp_path, capsys):
     recipe = RECIPES["stage1-vitg"]()
     with pytest.raises(RecipeError, match="there is no folder"):
         domain(recipe, tmp_path / "nothing")
@@ -150,6 +150,7 @@ def test_folders_that_cannot_be_trained_on(tmp_path, parts, capsys):
     (tmp_path / "source.json").write_text('{"flips": 0}')
     with pytest.raises(RecipeError, match=r"flips.*its fields are max_words, clean"):
         read_source(tmp_path)
-    assert read_source(parts / "shards").flip == 0
+    write(tmp_path / "shards", 8, 4, captions=1)
+    assert read_source(tmp_path / "shards").flip == 0
     assert pretrain.main(["scenes-stage1", "--folder", str(tmp_path / "nothing")]) == 2
     assert "error: there is no folder" in capsys.readouterr().err
