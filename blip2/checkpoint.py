@@ -98,16 +98,21 @@ class Loaded:
         usual = self.preset.prompt if self.preset else ""
         return str(getattr(self.model.config, "caption_prompt", usual))
 
+    def unknown(self, image: ImageFeatures) -> list[str]:
+        """Why the model should not speak of each of B pictures that it has encoded: "" for kinds it knows."""
+        if self.novelty is None:
+            return [""] * len(image)
+        reason = f"{self.name} knows {self.novelty.knows} only, and this picture does not look like one"
+        return [reason if unknown else "" for unknown in self.novelty.is_unknown(image).tolist()]
+
     def check_known(self, image: ImageFeatures) -> None:
         """Refuse pictures, encoded by this model, of a kind that it does not know.
 
         Raises:
             UnknownPictureError: one of them is; the message says what the model knows.
         """
-        if self.novelty is not None and self.novelty.is_unknown(image).any():
-            raise UnknownPictureError(
-                f"{self.name} knows {self.novelty.knows} only, and this picture does not look like one"
-            )
+        for reason in filter(None, self.unknown(image)):
+            raise UnknownPictureError(reason)
 
 
 def load(

@@ -22,7 +22,6 @@ from blip2.devices import in_halves
 from blip2.generation import StopSignal, describe, generate, num_descriptions
 from blip2.images import ImageError
 from blip2.model import Blip2
-from blip2.novelty import UnknownPictureError
 from blip2.pictures import Captioning, Failure, open_picture, read_ahead
 from blip2.representation import Blip2Representation
 from blip2.sidecars import Entry, Sidecars, Table
@@ -125,24 +124,13 @@ def _caption(
     loaded: Loaded, wanted: Captioning, scorer: Loaded | None, stop: StopSignal, batch: Sequence[Picture]
 ) -> list[Entry | Failure]:
     features = encode_pictures(loaded, [one.pixel_values for one in batch])
-    reasons = [""] * len(batch) if wanted.force else unknown_pictures(loaded, features)
+    reasons = [""] * len(batch) if wanted.force else loaded.unknown(features)
     rows = [row for row, reason in enumerate(reasons) if not reason]
     captioned = _entries(loaded, [batch[row] for row in rows], features[rows], wanted, scorer, stop)
     entries = dict(zip(rows, captioned, strict=True))
     return [
         entries.get(row) or Failure(one.image, reasons[row], unknown=True) for row, one in enumerate(batch)
     ]
-
-
-def unknown_pictures(loaded: Loaded, image: ImageFeatures) -> list[str]:
-    """For each of B pictures why the model should not speak of it: "" for those of a kind that it knows."""
-    try:
-        loaded.check_known(image)
-    except UnknownPictureError as error:
-        if len(image) == 1:
-            return [str(error)]
-        return [unknown_pictures(loaded, image[row])[0] for row in range(len(image))]
-    return [""] * len(image)
 
 
 def encode_pictures(loaded: Loaded, pixel_values: Iterable[Tensor | None]) -> ImageFeatures:
@@ -187,7 +175,7 @@ def _entries(
     if scorer is not None:
         assert isinstance(scorer.model, Blip2Representation)
         seen = encode_pictures(scorer, [one.scored for one in batch])
-        unknown = [""] * len(batch) if wanted.force else unknown_pictures(scorer, seen)
+        unknown = [""] * len(batch) if wanted.force else scorer.unknown(seen)
         for row, texts in enumerate(captions):
             if unknown[row]:
                 continue  # a score that means nothing is worse than none

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 RETRIES = 3  # of a unit whose actor died: one that brings every actor down must not go on for ever
+PATIENCE = 0.5  # seconds between two looks at what is done; a look takes several ms of a core, a unit seconds
 STORE = 200_000_000  # bytes of the object store: only units and reports pass through it
 QUIET = {  # read when ray is imported or started
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -133,7 +134,9 @@ def reports(
         Reports, each as soon as it is there.
     """
     import ray.data
+    from ray.data._internal.execution import streaming_executor_state
 
+    streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = PATIENCE  # it looks every 0.1 s by itself
     size = min(pool.actors, len(units))
     source = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
     with warnings.catch_warnings():

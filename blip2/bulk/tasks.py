@@ -18,7 +18,7 @@ from blip2.bulk.settings import BulkError, Model, Settings
 from blip2.bulk.unit import Sample
 from blip2.checkpoint import Loaded, load
 from blip2.devices import in_halves
-from blip2.folder import Picture, caption_batch, encode_pictures, unknown_pictures
+from blip2.folder import Picture, caption_batch, encode_pictures
 from blip2.model import Blip2
 from blip2.pictures import Captioning, Failure
 from blip2.representation import Blip2Representation
@@ -148,7 +148,7 @@ class Embed:
     def _images(self, batch: Sequence[Item]) -> list[Record | Failure]:
         model: Any = self.loaded.model
         seen = encode_pictures(self.loaded, [item.picture.pixel_values for item in batch])
-        reasons = [""] * len(batch) if self.force else unknown_pictures(self.loaded, seen)
+        reasons = [""] * len(batch) if self.force else self.loaded.unknown(seen)
         feats = model.image_feats(seen.query_output).cpu().numpy().astype(self.dtype)
         return [
             Failure(item.picture.image, reason, unknown=True)
@@ -178,7 +178,7 @@ class Score:
 
     def _score(self, batch: Sequence[Item]) -> list[Record | Failure]:
         seen = encode_pictures(self.loaded, [item.picture.pixel_values for item in batch])
-        reasons = [""] * len(batch) if self.force else unknown_pictures(self.loaded, seen)
+        reasons = [""] * len(batch) if self.force else self.loaded.unknown(seen)
         texts = [list(self.texts or item.sample.texts) for item in batch]
         rows = torch.tensor([row for row, own in enumerate(texts) for _ in own], device=self.loaded.device)
         if self.same:

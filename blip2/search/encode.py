@@ -131,4 +131,4 @@ def _encode(loaded: Loaded, batch: Sequence[_Read]) -> list[tuple[Tensor, str]]:
     seen = folder.encode_pictures(loaded, [one.pixel_values for one in batch])
     assert seen.query_output is not None
     feats = loaded.model.image_feats(seen.query_output).cpu()
-    return list(zip(feats, folder.unknown_pictures(loaded, seen), strict=True))
+    return list(zip(feats, loaded.unknown(seen), strict=True))
