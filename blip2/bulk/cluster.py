@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 RETRIES = 3  # of a unit whose actor died: one that brings every actor down must not go on for ever
-PATIENCE = 0.5  # seconds between two looks at what is done; a look takes several ms of a core, a unit seconds
+PATIENCE = 1.0  # seconds between two looks at what is done; a look takes several ms of a core, a unit seconds
 STORE = 200_000_000  # bytes of the object store: only units and reports pass through it
 QUIET = {  # read when ray is imported or started
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -90,6 +90,7 @@ class Caption:
         scored = None if self.scorer is None else self.scorer.processor.images(image)
         return Picture(key, self.loaded.processor.images(image), scored)
 
+    @torch.inference_mode()
     def __call__(self, batch: Sequence[Item], chance: str) -> list[Record | Failure]:
         """See `Task`."""
         wanted = self.wanted
