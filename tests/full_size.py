@@ -3,7 +3,8 @@
     python tests/full_size.py opt-2.7b --precision bfloat16 int8
 
 For each precision: seconds to load, the most memory while loading beyond what the libraries took before, its
-bound (1.1 x the final size and one shard), seconds a caption (greedy with 20 tokens, 5 beams), and the most
+bound (1.1 x what the model takes, its matrices that are kept twice included, and one shard), seconds a caption
+(greedy with 20 tokens, 5 beams), and the most
 memory of it all. Peaks are the kernel's own: VmHWM counts mapped files too, RssAnon (looked at 200 times a
 second) what cannot be dropped. `--whole` loads as transformers does by itself, from mapped files.
 """
@@ -56,6 +57,7 @@ def measure(folder: Path, precision: str, options: argparse.Namespace) -> dict:
 
     from blip2 import checkpoint, load
     from blip2.generation import Generation, generate
+    from blip2.packed import PackedLinear
 
     torch.set_num_threads(options.threads)
     if precision in ("int8", "nf4"):
@@ -78,6 +80,11 @@ def measure(folder: Path, precision: str, options: argparse.Namespace) -> dict:
     peak, anonymous = status("VmHWM") - before, watch.end() - before_anonymous
     model = loaded.model
     final = sum(parameter.nbytes for parameter in model.parameters())  # a state dict would undo packing
+    packed = {id(layer.product): layer for layer in model.modules() if isinstance(layer, PackedLinear)}
+    for layer in packed.values():
+        blocks = layer.product.blocks
+        if blocks is not None and layer.weight.stride() != (0, 0):  # it is kept in rows, too
+            final += blocks.numel() * blocks.element_size()
     shard = max(file.stat().st_size for file in folder.glob("*.safetensors"))
     facts = {
         "precision": loaded.precision, "load_s": seconds, "final_gb": final / 1e9, "shard_gb": shard / 1e9,

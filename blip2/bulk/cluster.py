@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,9 +134,11 @@ def reports(
         Reports, each as soon as it is there.
     """
     import ray.data
-    from ray.data._internal.execution import streaming_executor_state
 
-    streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = PATIENCE  # it looks every 0.1 s by itself
+    with suppress(ImportError):  # it looks every 0.1 s by itself, and has no setting for that
+        from ray.data._internal.execution import streaming_executor_state
+
+        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = PATIENCE
     size = min(pool.actors, len(units))
     source = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units))
     with warnings.catch_warnings():
