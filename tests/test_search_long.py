@@ -61,7 +61,7 @@ def test_killed_three_times_it_comes_out_the_same(loaded, tmp_path):
     assert kept == sorted(kept) and kept[0] > 0
     last = run_index(folder)
     said, _ = last.communicate()
-    assert last.returncode == 0 and f"{COUNT} pictures; {COUNT - kept[-1]} encoded" in said, (said, kept)
+    assert last.returncode == 0 and f"{COUNT:,} pictures; {COUNT - kept[-1]:,} encoded" in said, (said, kept)
     index_folder(loaded, folder, whole, force=True)
     one, other = Index(folder), Index(whole)
     assert one.pictures.keys() == other.pictures.keys()
