@@ -107,8 +107,8 @@ def _report(summary: Summary, facts: dict[str, Any], console: Console) -> int:
         "unknown": [picture.image for picture in unknown],
     }
     line = (
-        f"{summary.place}: {counted(summary.pictures, 'picture')}; {summary.encoded} encoded, "
-        f"{summary.kept} kept, {len(summary.gone)} gone, {len(failed)} failed"
+        f"{summary.place}: {counted(summary.pictures, 'picture')}; {summary.encoded:,} encoded, "
+        f"{summary.kept:,} kept, {len(summary.gone)} gone, {len(failed)} failed"
     )
     console.show(document, [line])
     return int(summary.pictures == 0)
