@@ -3,10 +3,10 @@
     python tests/full_size.py opt-2.7b --precision bfloat16 int8
 
 For each precision: seconds to load, the most memory while loading beyond what the libraries took before, its
-bound (1.1 x what the model takes, its matrices that are kept twice included, and one shard), seconds a caption
-(greedy with 20 tokens, 5 beams), and the most
-memory of it all. Peaks are the kernel's own: VmHWM counts mapped files too, RssAnon (looked at 200 times a
-second) what cannot be dropped. `--whole` loads as transformers does by itself, from mapped files.
+bound (1.1 x what the model takes, matrices that it keeps twice included, and one shard), seconds a caption
+(greedy with 20 tokens, 5 beams), and the most memory of it all. Peaks are the kernel's own: VmHWM counts
+mapped files too, RssAnon (looked at 200 times a second) what cannot be dropped. `--whole` loads as
+transformers does by itself, from mapped files.
 """
 
 import argparse
