@@ -87,9 +87,10 @@ def test_a_chat_goes_on(printed):
 
 
 @pytest.mark.long
-def test_a_model_is_trained(tmp_path):
+def test_a_model_is_trained(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # this test is alone, and as slow as training is
     said = run(["train_your_own"], tmp_path / "examples")["train_your_own"]
     print(said)
     found = int(re.search(r"(\d+) of 64 scenes found", said)[1])
-    assert found > 5, "by chance one is found"
+    assert found > 50, "by chance one is found"
     assert len(re.findall(r"^said: \w", said, re.M)) == 5
