@@ -17,7 +17,7 @@ from .cache import KeyValues
 from .language import Bridge
 from .packed import PackedLinear, activated
 from .static import StaticStep, static_step, wanted
-from .threads import PASSIVE, SHORT, one_thread
+from .threads import one_thread, short
 
 ALIKE = 1.25  # prompts up to so many times as long as the shortest are encoded together
 
@@ -161,7 +161,7 @@ def read_opt(model: Any, embeds: Tensor, positions: Tensor, past: Any, mask: Ten
     decoder, heads = model.model.decoder, model.config.num_attention_heads
     causal = mask is None and not past.length
     first = decoder.layers[0].self_attn.out_proj.weight
-    short = PASSIVE and embeds.shape[:2] == (1, 1) and embeds.device.type == "cpu" and first.numel() < SHORT
+    alone = embeds.shape[:2] == (1, 1) and embeds.device.type == "cpu" and short(first.numel())
     # transformers adds OPT's offset of 2 to the positions
     hidden = embeds + decoder.embed_positions(None, 0, position_ids=positions)
     for index, layer in enumerate(decoder.layers):
@@ -173,7 +173,7 @@ def read_opt(model: Any, embeds: Tensor, positions: Tensor, past: Any, mask: Ten
             )
         )
         keys, values = past.write(index, k, v)
-        with one_thread(short):
+        with one_thread(alone):
             attended = F.scaled_dot_product_attention(q.to(keys.dtype), keys, values, mask, is_causal=causal)
             hidden = hidden + attention.out_proj(attended.transpose(1, 2).flatten(2).to(hidden.dtype))
         wide = activated(layer.fc1, layer.activation_fn, layer.final_layer_norm(hidden))

@@ -30,7 +30,7 @@ from .decoders import Decoder, LibraryDecoder, OPTDecoder, T5Decoder, encode
 from .model import Blip2
 from .processing import Processor
 from .settings import Generation
-from .threads import PASSIVE, SHORT, one_thread
+from .threads import one_thread, short
 from .vision import ImageFeatures
 
 DESCRIPTION = "a photo of"  # what a description goes on from
@@ -130,7 +130,7 @@ def _tokens(
     said = torch.empty((num_rows, 0), dtype=torch.long, device=device)
     finished = torch.zeros(num_rows, dtype=torch.bool, device=device)
     for length in range(1, generation.max_new_tokens + 1):
-        with one_thread(PASSIVE and decoder.logits.numel() < SHORT):
+        with one_thread(short(decoder.logits.numel())):
             scores = processors(said, decoder.logits) if len(processors) else decoder.logits
             if generation.method == "nucleus":
                 token = _sampled(scores, copies, generator, alone and generation.seed is not None)

@@ -21,13 +21,18 @@ def _openmp() -> list[Any]:
     return ThreadpoolController().select(user_api="openmp").lib_controllers
 
 
+def short(elements: int) -> bool:
+    """Whether work that reads a matrix of so many elements once is better done by one thread."""
+    return PASSIVE and elements < SHORT
+
+
 @contextmanager
-def one_thread(short: bool) -> Iterator[None]:
-    """Has short work done by the thread that asks for it; of other threads' work nothing changes.
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Has work done by the thread that asks for it; of other threads' work nothing changes.
 
     threadpoolctl's own context takes 0.2 ms a time, longer than the work.
     """
-    pools = _openmp() if short else []
+    pools = _openmp() if wanted else []
     before = [pool.get_num_threads() for pool in pools]
     try:
         for pool in pools:

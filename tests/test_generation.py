@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from blip2 import decoders
+from blip2 import decoders, threads
 from blip2.cache import KeyValues
 from blip2.generation import Generation, TextCache, decode, generate
 from blip2.processing import Processor
@@ -242,7 +242,7 @@ def test_rows_are_copied_as_far_as_they_were_read():
 
 @pytest.mark.parametrize("passive", [True, False])
 def test_short_work_is_left_to_one_thread_where_threads_sleep(monkeypatch, passive):
-    monkeypatch.setattr(decoders, "PASSIVE", passive)
+    monkeypatch.setattr(threads, "PASSIVE", passive)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
