@@ -60,7 +60,7 @@ def main() -> None:
             pictures = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.png"))
             page.locator("#search-files input[type=file]").set_input_files(pictures)
             page.get_by_text(f"{len(pictures)} pictures.").wait_for()
-            page.get_by_label("What to look for").fill("a large blue square")
+            page.get_by_label("What to look for").fill("a large red square and a small red circle")
             page.get_by_role("button", name="Search", exact=True).click()
             page.locator("ol.found li").first.wait_for()
         if "caption" in words:

@@ -60,7 +60,10 @@ class SearchTab(Tab):
             "its index is kept in it, in .blip2-index; only new pictures are read again",
         )
         self.text = gr.Textbox(
-            label="What to look for", placeholder="a red circle", max_lines=3, elem_id="search-text"
+            label="What to look for",
+            placeholder="a large red square and a small red circle",  # of all that is there, as captions are
+            max_lines=3,
+            elem_id="search-text",
         )
         choices = matching(models)
         real = [name for _, name in choices if name not in EMBEDDED]
