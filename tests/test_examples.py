@@ -25,7 +25,7 @@ def code(path):
     return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code") + "\n"
 
 
-def run(names, folder):
+def run(names, folder, change=lambda program: program):
     """Run notebooks, each as a program of its own, in a copy of their folder; what each printed."""
     shutil.copytree(ROOT / "examples", folder, ignore=shutil.ignore_patterns("runs", "captioned", "searched"))
     printed = {}
@@ -33,7 +33,7 @@ def run(names, folder):
         patch.setenv("BLIP2_CLONE", str(ROOT))
         patch.setattr("sys.path", [*sys.path])
         for name in names:
-            Path(f"{name}.py").write_text(code(NOTEBOOKS[name]), "utf-8")
+            Path(f"{name}.py").write_text(change(code(NOTEBOOKS[name])), "utf-8")
             with contextlib.redirect_stdout(io.StringIO()) as printed[name]:
                 runpy.run_path(f"{name}.py")
     return {name: stream.getvalue() for name, stream in printed.items()}
@@ -84,6 +84,19 @@ def test_a_chat_goes_on(printed):
     said = printed["chat"].splitlines()
     assert "green" in said[0] and "red" in said[3] and said[4] == "2 turns are left"
     assert "does not look like one" in said[5]
+
+
+@pytest.mark.long
+def test_little_training_runs_to_its_end(tmp_path):
+    def hurried(program):
+        little = "--steps 2 --warmup-steps 1 --batch-size 16 --micro-batch-size None --num-validation 16"
+        program, stages = re.subn(r"--steps \d+", little, program)
+        assert stages == 2
+        return program
+
+    said = run(["train_your_own"], tmp_path / "examples", hurried)["train_your_own"]
+    assert re.search(r"^\d+ of 64 scenes found$", said, re.M)
+    assert len(re.findall("^said: ", said, re.M)) == 5
 
 
 @pytest.mark.long
