@@ -4,6 +4,7 @@ import json
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 
 import psutil
 import pytest
@@ -90,7 +91,8 @@ def test_memory_stays():
             list(pool.map(ask, range(start, start + 200)))
             memory.append(psutil.Process(child.pid).memory_info().rss / 1e6)
             print(f"{start + 200} requests: {memory[-1]:.0f} MB", flush=True)
-    assert memory[-1] < memory[0] + 30
+    # the first 200 fill what is remembered, and one look may find what the allocator is about to give back
+    assert median(memory[-3:]) < median(memory[1:4]) + 30
 
 
 @pytest.mark.long
