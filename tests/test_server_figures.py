@@ -4,7 +4,6 @@ import json
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from statistics import median
 
 import psutil
 import pytest
@@ -68,8 +67,10 @@ def test_64_at_once(model, threads):
 
 
 @pytest.mark.long
-def test_memory_stays():
+def test_memory_stays(monkeypatch):
     """2,000 requests about 500 pictures: whole and streamed, some that fail, and some that hang up."""
+    for name in ("MMAP", "TRIM"):  # else gaps in the heap come and go by 40 MB, and would hide a leak
+        monkeypatch.setenv(f"MALLOC_{name}_THRESHOLD_", "131072")
     scenes = drawn(500)
     with process("--model", "scenes-opt", "--queue", "8") as (child, port), ThreadPoolExecutor(8) as pool:
         running = Running(None, [], port)
@@ -91,8 +92,7 @@ def test_memory_stays():
             list(pool.map(ask, range(start, start + 200)))
             memory.append(psutil.Process(child.pid).memory_info().rss / 1e6)
             print(f"{start + 200} requests: {memory[-1]:.0f} MB", flush=True)
-    # the first 200 fill what is remembered, and one look may find what the allocator is about to give back
-    assert median(memory[-3:]) < median(memory[1:4]) + 20
+    assert memory[-1] < memory[0] + 30
 
 
 @pytest.mark.long
